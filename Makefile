@@ -1,0 +1,78 @@
+# EnTurbo. `make demo` and `make test` need Python >= 3.11, make and (for the native hasher) a C compiler; each sets
+# up .venv from the extras in pyproject.toml when it is missing or out of date. `make help` lists the rest.
+
+# The first of these that runs and is new enough becomes .venv. `make PYTHON=/path/to/python3` names another.
+PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11, \
+	$(if $(shell $(python) -c '$(NEW_ENOUGH)' 2>/dev/null && echo yes),$(python))) python3)
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+VENV := .venv
+BIN := $(VENV)/bin
+# An editable install is out of date when one of these has changed: dependencies, entry points, the C extension.
+SOURCES := pyproject.toml $(wildcard setup.py src/enturbo/workers/*.c src/enturbo/workers/*.h)
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all test-wheel test-mutations lint model model-large bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.demo  ## build, sign, start and call the example in all combinations
+	$(BIN)/enturbo demo
+
+test: $(VENV)/.test  ## the suite without what is slow (at most 4 minutes on two cores)
+	$(PYTEST) -m "not slow"
+
+# What `make test` ran is not run again from the tree: the slow tests, then the quick ones against an installed
+# wheel, then the mutations, then the model's larger instances. At most 10 minutes.
+test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, mutations, larger models
+	$(PYTEST) -m "slow and not wheel"
+	$(MAKE) test-wheel
+	$(MAKE) test-mutations
+	$(MAKE) model-large
+
+test-wheel: $(VENV)/.test  ## build a wheel, install it, run the suite against it outside the tree
+	$(PYTEST) -m wheel --capture=no
+
+test-mutations: $(VENV)/.test  ## take one rule away at a time: a named test must fail
+	$(BIN)/python tests/run_mutations.py
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src tests
+
+# Standard library, spin and a C compiler; no .venv.
+model:  ## check the start-up protocol, and that each rule taken away breaks it
+	$(CHECK_PYTHON)
+	$(PYTHON) docs/model/check.py
+
+model-large:  ## the same on larger instances
+	$(CHECK_PYTHON)
+	$(PYTHON) docs/model/check.py --large
+
+bench: $(VENV)/.test  ## the benchmarks; ARGS="-k NAME" picks some
+	$(PYTEST) benchmarks --benchmark-enable --timeout=0 $(ARGS)
+
+clean:  ## everything that was built; .venv stays, and is brought up to date when it is next used
+	rm -rf build dist src/*.egg-info docs/model/build .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev src/enturbo/*/*.so
+	find -H . src/enturbo/*/ -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+define CHECK_PYTHON
+	@$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+	  echo "EnTurbo needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo none)." >&2; \
+	  echo "Name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+endef
+
+$(BIN)/python:
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# One stamp an extra: demo < test < dev, so a larger one is also the smaller ones.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(@:$(VENV)/.%=%)]'
+	touch $(VENV)/.demo $(if $(filter-out %.demo,$@),$(VENV)/.test) $(filter %.dev,$@)
