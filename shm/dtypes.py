@@ -17,7 +17,7 @@ def dtype_of(record: Record) -> np.dtype[Any]:
         {
             "names": [field.name for field in record.fields],
             "formats": [
-                f"S{field.code[:-1]}" if field.code.endswith("s") else _CODES[field.code]
+                f"V{field.code[:-1]}" if field.code.endswith("s") else _CODES[field.code]
                 for field in record.fields
             ],
             "offsets": [field.offset for field in record.fields],

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import struct
+import weakref
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
@@ -129,6 +130,7 @@ class Claims:
         """``fd``: any descriptor of the control segment; it is reopened, not kept."""
         self._fd = reopen(fd, os.O_RDWR)
         self._ranges: set[int] = set()
+        _descriptions.add(self)
 
     def claim(self, slot: int, pair: int) -> bool:
         """Take the claim of ``pair``; False when another description holds it."""
@@ -181,6 +183,16 @@ class Claims:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_descriptions: weakref.WeakSet[Claims] = weakref.WeakSet()
+
+
+def forget_claims() -> None:
+    """In a forked child: close the copies of all descriptions. A lock stays as long as any copy is open, so
+    the child would keep the claims of a parent that died."""
+    for claims in list(_descriptions):
+        claims.close()
 
 
 def holds_claim(pid: int, slot: int) -> bool:

@@ -103,7 +103,8 @@ def test_extents_refuse_a_double_free() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60))
 def test_extents_never_overlap_and_coalesce(steps: list[tuple[bool, int]]) -> None:
-    extents, held = Extents(40), {}
+    extents = Extents(40)
+    held: dict[int, set[int]] = {}
     for allocate, number in steps:
         if allocate:
             try:
