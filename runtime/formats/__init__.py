@@ -1,0 +1,57 @@
+"""Readers of enclave files, one module a format, told apart by the file's first bytes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
+
+from ...shm.errors import ImageFormatError
+from . import enclave_file
+
+if TYPE_CHECKING:
+    from ..image import EnclaveImage, PathLike
+
+
+class Format(NamedTuple):
+    """A known format: its name, the bytes that its files begin with, and what reads one."""
+
+    name: str
+    magic: bytes
+    load: Callable[[BinaryIO, str], EnclaveImage]
+
+
+FORMATS: Final = (Format("enclave", enclave_file.MAGIC, enclave_file.load),)
+
+
+def _open(path: PathLike) -> BinaryIO:
+    """Open a regular file. O_NONBLOCK: a FIFO of that name would block the caller for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    raise ImageFormatError("not a regular file", file=os.fspath(path))
+
+
+def detect(path: PathLike) -> Format:
+    """The format of a file. Raises ImageFormatError if it is none that is known, and OSError."""
+    with _open(path) as file:
+        return _detect(file, os.fspath(path))
+
+
+def load(path: PathLike) -> EnclaveImage:
+    """Read an enclave file of any known format. Raises ImageFormatError and OSError."""
+    name = os.fspath(path)
+    with _open(path) as file:
+        return _detect(file, name).load(file, name)
+
+
+def _detect(file: BinaryIO, name: str) -> Format:
+    head = file.read(max(len(known.magic) for known in FORMATS))
+    file.seek(0)
+    for known in FORMATS:
+        if head.startswith(known.magic):
+            return known
+    expected = " or ".join(f"{known.name} ({known.magic!r})" for known in FORMATS)
+    raise ImageFormatError("format", file=name, offset=0, expected=expected, found=head)
