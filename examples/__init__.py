@@ -1,0 +1,1 @@
+"""Functions that run in enclaves on real input, and what builds their images."""
