@@ -1,0 +1,39 @@
+"""The messages between the pool and its workers: fixed-size records on one socket pair a worker.
+
+Host to worker: one byte, "look at the launch table". It carries no work, so losing it loses nothing.
+Worker to host: ``READY`` once, and ``SPAN`` after measuring. They are news for timelines and wake-ups;
+what counts stands in shared memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, NamedTuple
+
+READY: Final = 1
+SPAN: Final = 2
+_NEWS = struct.Struct("<IIIIQQI4x")
+
+
+class News(NamedTuple):
+    """One message of a worker. Times are CLOCK_MONOTONIC ns; ``pages`` measured; ``finished``: a pair is."""
+
+    kind: int
+    slot: int
+    generation: int
+    pages: int
+    start: int
+    end: int
+    finished: int
+
+    def encode(self) -> bytes:
+        """The record's bytes."""
+        return _NEWS.pack(*self)
+
+
+NEWS_SIZE: Final = _NEWS.size
+
+
+def decode(message: bytes) -> News | None:
+    """A worker's message, or None when it is not one."""
+    return News(*_NEWS.unpack(message)) if len(message) == NEWS_SIZE else None
