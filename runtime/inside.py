@@ -1,0 +1,218 @@
+"""The enclave's own process, from the fork on: shed the zygote, map the pages, serve calls.
+
+    fork ─► die with the zygote, own session ─► map ─► close every descriptor ─► importer ─► calls
+                                                 │        left: 0 /dev/null, 1 2 output pipes, 3 launch socket
+                                                 └─ EPC pages and EPCM entries, no descriptor of them stays
+
+Nothing here touches the image before its gate says so: even the program manifest is read through it. The
+calls' results go into the launch socket at once; the host does not read it before the launch is VERIFIED.
+Standard library and msgpack only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from ..shm.errors import EnturboError, GateTimeout
+from . import libc
+from .context import Context
+from .gate import EnclaveSpec, Gate, map_enclave
+from .importer import ORIGIN, BaseFinder, EPCFinder, forget_carried, install
+from .mailbox import Mailbox
+from .messages import MAX_FRAME, MessageError, Stream, StreamClosed
+from .program import HEADER, Program, decode, peek_length, split_handler
+
+LAUNCH_FD: Final = 3
+EXIT_SETUP: Final = 70  # the process could not be made an enclave; the reason is on its stderr
+MAX_TEXT: Final = 1 << 18  # characters of an error's message or traceback that are sent
+
+
+class OcallError(EnturboError):
+    """The host refused an OCALL, or its function failed."""
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """What the host sent along, in this order."""
+
+    epc_rw: int
+    epc_ro: int
+    epcm_ro: int
+    launch: int
+    stdout: int
+    stderr: int
+
+
+def enclave_main(spec: EnclaveSpec, fds: Descriptors, base: BaseFinder, zygote: int) -> NoReturn:
+    """Become the enclave that ``spec`` describes; never returns into the zygote's code."""
+    status = EXIT_SETUP
+    try:
+        _leave_zygote(zygote)
+        # Errors from here on are the enclave's output: held, and dropped if it is REJECTED.
+        os.dup2(fds.stdout, 1)
+        os.dup2(fds.stderr, 2)
+        gate = map_enclave(spec, fds.epc_rw, fds.epc_ro, fds.epcm_ro)
+        os.dup2(fds.launch, LAUNCH_FD, inheritable=False)
+        close_all_but(0, 1, 2, LAUNCH_FD)
+        _Enclave(gate, base, Stream(socket.socket(fileno=LAUNCH_FD))).serve()
+        status = 0
+    except BaseException:  # noqa: BLE001  the boundary of the process: nothing may unwind into the zygote
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(status)
+
+
+def _leave_zygote(zygote: int) -> None:
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != zygote:  # it died before the line above
+        os._exit(EXIT_SETUP)
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc.set_name("enturbo-enclave")
+    sys.argv[:] = ["enclave"]
+
+
+def close_all_but(*kept: int) -> None:
+    """Close every other descriptor of this process."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue  # the listing's own
+
+
+class _Enclave:
+    """One enclave's loop: a call at a time, in the main thread, which is the handler's thread too."""
+
+    def __init__(self, gate: Gate, base: BaseFinder, stream: Stream) -> None:
+        self._gate = gate
+        self._base = base
+        self._stream = stream
+        self._mailbox = Mailbox(stream, _key)
+        self._pid = os.getpid()
+        self._handler: Callable[[Any, Context], Any] | None = None
+        self._context: Context | None = None
+        self._program: Program | None = None
+        self._ocalls = 0
+        self._counting = threading.Lock()
+
+    def serve(self) -> None:
+        """Answer calls until the host closes the launch socket."""
+        try:
+            self._stream.send({"ready": time.monotonic_ns()})
+            while True:
+                request = self._mailbox.wait("call")
+                self._answer(request["call"], request["event"])
+        except MessageError:
+            return
+
+    def _answer(self, call: int, event: Any) -> None:
+        times = {"first": 0, "end": 0, "eaug": 0}
+        try:
+            reply = {"result": call, "value": self._run(event, times)}
+        except BaseException as error:  # noqa: BLE001  the handler's boundary: every error becomes a reply
+            times["end"] = times["end"] or time.monotonic_ns()
+            reply = {"error": call, **_describe(error, "exit" if isinstance(error, SystemExit) else None)}
+        if os.getpid() != self._pid:
+            os._exit(0)  # a child that the handler forked and let return: it answers for nobody
+        times["eaug"] = self._gate.eaug
+        _flush()
+        try:
+            self._stream.send(reply | times)
+        except StreamClosed:
+            raise
+        except MessageError as error:
+            if "result" not in reply:
+                raise
+            failure = MessageError(f"the handler's result cannot be sent (limit {MAX_FRAME} bytes): {error}")
+            self._stream.send({"error": call, **_describe(failure, "result")} | times)
+
+    def _run(self, event: Any, times: dict[str, int]) -> Any:
+        handler, context = self._load()
+        times["first"] = time.monotonic_ns()
+        value = handler(event, context)
+        times["end"] = time.monotonic_ns()
+        return value
+
+    def _load(self) -> tuple[Callable[[Any, Context], Any], Context]:
+        """Manifest, importer and handler, at the first call; what failed is tried again at the next."""
+        if self._program is None:
+            header = self._gate.read_view(0, HEADER.size)
+            self._program = decode(self._gate.read_view(0, peek_length(header)))
+            install(EPCFinder(self._program, self._read), self._base)
+            forget_carried(self._program)
+        if self._context is None:
+            self._context = Context(self._program, self._gate, self._ocall)
+        if self._handler is None:
+            module, function = split_handler(self._program.handler)
+            self._handler = getattr(importlib.import_module(module), function)
+        return self._handler, self._context
+
+    def _read(self, offset: int, size: int) -> bytes:
+        return bytes(self._gate.read_view(offset, size))
+
+    def _ocall(self, name: str, args: tuple[Any, ...]) -> Any:
+        with self._counting:
+            self._ocalls += 1
+            number = self._ocalls
+        self._stream.send({"ocall": number, "name": name, "args": list(args)})
+        reply = self._mailbox.wait(("reply", number))
+        if "error" in reply:
+            raise OcallError(f"ocall {name!r}: {reply['error']}")
+        return reply["value"]
+
+
+def _key(message: Any) -> object:
+    return "call" if "call" in message else ("reply", message["reply"])
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            continue  # the handler closed or replaced it, or nobody reads any more
+
+
+def _describe(error: BaseException, kind: str | None) -> dict[str, str]:
+    """Type, message and traceback as text that a message can carry."""
+    module = getattr(type(error), "__module__", None)
+    name = type(error).__qualname__
+    if isinstance(module, str) and module not in ("builtins", "__main__"):
+        name = f"{module}.{name}"
+    first = error.__traceback__
+    while first is not None and not first.tb_frame.f_code.co_filename.startswith(ORIGIN):
+        first = first.tb_next  # how we came to the image's code says nothing to its author
+    return {
+        "kind": kind or ("gate" if isinstance(error, GateTimeout) else "raise"),
+        "type": _clean(name),
+        "message": _clean(_text_of(lambda: str(error))),
+        "traceback": _clean(_text_of(lambda: "".join(traceback.format_exception(type(error), error, first)))),
+    }
+
+
+def _text_of(make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except Exception as failure:  # noqa: BLE001  a handler's own exception may fail at being told, too
+        return f"<its text could not be made: {type(failure).__qualname__}>"
+
+
+def _clean(text: str) -> str:
+    text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text)} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
