@@ -1,0 +1,507 @@
+"""Runtime: the host. It owns the EPC, the worker pool and the zygote, and launches enclaves.
+
+Runtime ──┬── Memory     EPC pages, EPCM, launch table and SMCs (shared)
+          ├── Pool       worker processes that measure
+          ├── Zygote     forks enclave processes
+          └── Enclave*   one start thread and one session thread each
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+from ..shm.epc import Extents
+from ..shm.errors import EnturboError, LaunchTimeout, SharedMemoryFull
+from ..shm.launches import Claims, forget_claims
+from ..shm.layout import PAGE_SIZE
+from ..shm.memory import DEFAULT_SLOTS, Memory
+from ..workers.copying import copy_into, zero
+from ..workers.pool import Pool
+from ..workers.protocol import News
+from ..workers.sha256 import get_hasher
+from .enclave import Enclave
+from .gate import EnclaveSpec, GateMode, Run
+from .image import EnclaveImage
+from .measurement import Measurement
+from .processes import EnclaveProcess, Zygote
+from .session import DEFAULT_OUTPUT_LIMIT, SPAWN_SECONDS, Channel, Ocalls, Session
+from .sigstruct import Sigstruct
+from .sizes import parse_size
+from .startup import STARTUPS, Place, Start
+from .trace import Timeline
+from .trust import check_trust
+
+log = logging.getLogger("enturbo")
+
+MAX_WORKERS: Final = 8
+GATES: Final = ("write", "execute")
+RANGE_SECONDS: Final = 0.5  # for measurers to leave a closed launch before their workers are killed
+RANGE_GIVE_UP: Final = 5.0
+END_SECONDS: Final = 5.0  # for an enclave's processes to be gone; past it its pages stay quarantined
+ALLOCATE_SECONDS: Final = 60.0
+GENERATION_LIMIT: Final = 0xFFFF_FFFF
+
+_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+class LaunchTableFull(EnturboError):
+    """Every launch slot of the runtime is in use."""
+
+
+class Runtime:
+    """A simulated EPC, the workers that measure it, and the enclaves that live in it.
+
+    Args:
+        epc: size of the EPC, bytes or text such as ``"512MiB"``; shared memory, allocated in the background.
+        workers: measuring processes; None: the usable cores, at most 8. 0: the host measures alone. It is
+            never waited for them.
+        signers, min_svn, product_id, any_signer, allow_unsigned: whom launches trust unless they say it
+            themselves; see :meth:`launch`.
+        gate: ``"write"`` (a page may be read when VALID, written when measured) or ``"execute"`` (neither
+            read nor run before it is measured).
+        ocalls: functions that handlers may call by name through ``context.ocall``, after VERIFIED.
+        hasher: ``"native"``, ``"hashlib"`` or ``"reference"``; None: the best there is.
+        progress_timeout: seconds without a measured block after which the workers that hold claims of the
+            launch are killed. gate_timeout: seconds an enclave waits for a page (GateTimeout).
+        max_worker_deaths: more than these during one launch reject it (WorkerLost).
+        output_limit: bytes of stdout and stderr a call may write.
+
+    Raises SharedMemoryFull, EnturboError. Use as a context manager, or :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        epc: int | str = "512MiB",
+        workers: int | None = None,
+        *,
+        signers: Iterable[bytes] = (),
+        min_svn: int = 0,
+        product_id: int | None = None,
+        any_signer: bool = False,
+        allow_unsigned: bool = False,
+        gate: GateMode = "write",
+        ocalls: Mapping[str, Callable[..., Any]] | None = None,
+        hasher: str | None = None,
+        slots: int = DEFAULT_SLOTS,
+        progress_timeout: float = 2.0,
+        gate_timeout: float = 30.0,
+        max_worker_deaths: int = 64,
+        output_limit: int = DEFAULT_OUTPUT_LIMIT,
+    ) -> None:
+        if gate not in GATES:
+            raise EnturboError(f"gate: expected one of {', '.join(GATES)}, found {gate!r}")
+        if workers is not None and workers < 0:
+            raise EnturboError(f"workers: expected a number from 0, found {workers}")
+        self.cores = len(os.sched_getaffinity(0))
+        self.hasher = get_hasher(hasher)
+        # Pages handed to other processes rely on x86-64's store order; see enturbo.shm.epcm. Elsewhere the
+        # host measures alone and enclaves run when they are verified.
+        self.store_order = platform.machine() == "x86_64"
+        if workers is None:
+            workers = min(self.cores, MAX_WORKERS)
+        self.workers = workers if self.store_order else 0
+        self.gate, self.gate_timeout, self.progress_timeout = gate, gate_timeout, progress_timeout
+        self.max_worker_deaths, self.output_limit = max_worker_deaths, output_limit
+        self._trust: dict[str, Any] = {
+            "signers": tuple(signers),
+            "min_svn": min_svn,
+            "product_id": product_id,
+            "any_signer": any_signer,
+            "allow_unsigned": allow_unsigned,
+        }
+        self.ocalls: dict[str, Callable[..., Any]] = dict(ocalls or {})
+        epc_pages = -(-parse_size(epc) // PAGE_SIZE)
+        if epc_pages < 1:
+            raise EnturboError("epc: expected at least one page")
+        self._lock = threading.Lock()
+        self._usable = True
+        self._forked = False
+        self._enclaves: set[Enclave] = set()
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._generation = 0
+        self._quarantined = 0
+        self.memory = Memory.create(epc_pages, slots)
+        self._extents = Extents(epc_pages)
+        self._epc_read_only = self.memory.epc_segment.read_only()
+        self._epcm_read_only = self.memory.epcm_segment.read_only()
+        self._allocated = threading.Condition()
+        self._allocation_error: SharedMemoryFull | None = None
+        self._stop_allocating = threading.Event()
+        self._allocator = threading.Thread(target=self._allocate, name="enturbo-arena", daemon=True)
+        self._allocator.start()
+        self._pool = Pool(
+            self.memory, self.workers, self.hasher.name, on_news=self._on_news, on_change=self._on_change
+        )
+        self._zygote = Zygote()
+        _runtimes.add(self)
+        try:
+            self._pool.start()
+            self._zygote.start()
+        except BaseException:
+            self.close()
+            raise
+
+    # ----------------------------------------------------------------------------------------- launching
+
+    def launch(
+        self,
+        image: EnclaveImage,
+        sigstruct: Sigstruct | bytes | None = None,
+        *,
+        startup: str = "enturbo",
+        expected: Measurement | None = None,
+        signers: Iterable[bytes] | None = None,
+        min_svn: int | None = None,
+        product_id: int | None = None,
+        any_signer: bool | None = None,
+        allow_unsigned: bool | None = None,
+        ocalls: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> Enclave:
+        """Start an enclave; returns at once.
+
+        What it must measure to comes from ``sigstruct`` (scheme, D and B stand in it), whose signer must be
+        one of ``signers`` unless ``any_signer``; or from ``expected``; or ``allow_unsigned`` says that
+        nothing is expected. ``startup``: ``"serial"`` or ``"enturbo"``.
+
+        Raises SignatureError, UntrustedSigner, EPCExhausted, LaunchTableFull, EnturboError here; what is
+        found later (MeasurementMismatch, WorkerLost, …) fails the enclave's futures and ``wait_verified``.
+        """
+        launched = time.monotonic_ns()
+        strategy = STARTUPS.get(startup)
+        if strategy is None:
+            raise EnturboError(f"startup: expected one of {', '.join(STARTUPS)}, found {startup!r}")
+        self._check_usable()
+        given = {
+            "signers": None if signers is None else tuple(signers),
+            "min_svn": min_svn,
+            "product_id": product_id,
+            "any_signer": any_signer,
+            "allow_unsigned": allow_unsigned,
+        }
+        trust: dict[str, Any] = {
+            name: self._trust[name] if value is None else value for name, value in given.items()
+        }
+        if isinstance(sigstruct, bytes | bytearray | memoryview):
+            sigstruct = Sigstruct.parse(bytes(sigstruct))
+        measurement = check_trust(sigstruct, expected=expected, **trust)
+        timeline = Timeline(launched)
+        timeline.add("verify", "host", launched, time.monotonic_ns())
+        place = self._allocate_place(image.epc_pages)
+        try:
+            start = Start(self, image, measurement, place, timeline)
+            session = None
+            if image.handler is not None:
+                session = self._session_maker(image, place, timeline, {**self.ocalls, **(ocalls or {})})
+            enclave = Enclave(self, strategy, start, session, timeline)
+        except BaseException:
+            self._free_place(place)
+            raise
+        with self._lock:
+            usable = self._usable
+            if usable:
+                self._enclaves.add(enclave)
+        enclave.begin()
+        if not usable:  # closed meanwhile, and close() did not see this one
+            enclave.close()
+            self._check_usable()
+        return enclave
+
+    def _session_maker(
+        self, image: EnclaveImage, place: Place, timeline: Timeline, ocalls: Ocalls
+    ) -> Callable[[Enclave], Session]:
+        spec = enclave_spec(image, place, self.gate, self.gate_timeout)
+
+        def make(enclave: Enclave) -> Session:
+            return Session(
+                str(place.generation),
+                lambda: self._spawn(spec),
+                ocalls=ocalls,
+                timeline=timeline,
+                output_limit=self.output_limit,
+                on_end=enclave.session_ended,
+            )
+
+        return make
+
+    def _spawn(self, spec: EnclaveSpec) -> tuple[EnclaveProcess, Channel]:
+        """Fork an enclave process from the zygote and keep the host's ends of its channel."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        out_r, out_w = os.pipe2(os.O_CLOEXEC)
+        err_r, err_w = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(out_r, False)
+        os.set_blocking(err_r, False)
+        channel = Channel(ours, out_r, err_r)
+        try:
+            process = self._zygote.spawn(
+                spec,
+                self.memory.epc_segment.fd,
+                self._epc_read_only,
+                self._epcm_read_only,
+                theirs,
+                out_w,
+                err_w,
+                SPAWN_SECONDS,
+            )
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(out_w)
+            os.close(err_w)
+        return process, channel
+
+    def _allocate_place(self, pages: int) -> Place:
+        with self._lock:
+            self._check_usable()
+            if self._generation + 1 >= GENERATION_LIMIT:
+                raise EnturboError("this runtime has used up its launch numbers; start another")
+            if not self._free_slots:
+                raise LaunchTableFull("every launch slot is in use; close an enclave first")
+            first = self._extents.allocate(pages)
+            self._generation += 1
+            return Place(self._free_slots.pop(), self._generation, first, pages)
+
+    def _free_place(self, place: Place) -> None:
+        self._extents.free(place.first_page, place.page_count)
+        with self._lock:
+            self._free_slots.append(place.slot)
+
+    # ------------------------------------------------------------------------- what starts and ends need
+
+    def ring(self) -> None:
+        """Wake the workers."""
+        self._pool.ring()
+
+    @property
+    def pool_deaths(self) -> int:
+        """Workers that died since the runtime began."""
+        return self._pool.deaths
+
+    def kill_holders(self, slot: int) -> list[int]:
+        """Kill the workers that hold a claim of ``slot``."""
+        return self._pool.kill_holders(slot)
+
+    def take_range(self, claims: Claims, slot: int) -> None:
+        """Take all claims of a closed slot. When it is held, no measurer is between a check and a store.
+
+        Waits for measurers to leave, then kills the workers that do not. Raises LaunchTimeout.
+        """
+        begin = time.monotonic()
+        pause, kill_at = 20e-6, begin + RANGE_SECONDS
+        while not claims.take_range(slot):
+            now = time.monotonic()
+            if now > begin + RANGE_GIVE_UP:
+                raise LaunchTimeout(
+                    f"the claims of launch slot {slot} were not given back in {RANGE_GIVE_UP} s"
+                )
+            if now > kill_at:
+                self._pool.kill_holders(slot)
+                kill_at = now + RANGE_SECONDS
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-3)
+
+    def copy_bytes(self, target: memoryview, source: memoryview) -> None:
+        """Copy into the EPC, past the cache for long stretches; all stores are visible on return."""
+        copy_into(target, source)
+
+    def wait_allocated(self, place: Place) -> None:
+        """Wait until the arena's background allocation has covered ``place``. Raises SharedMemoryFull."""
+        end = (place.first_page + place.page_count) * PAGE_SIZE
+        segment = self.memory.epc_segment
+        with self._allocated:
+            ready = self._allocated.wait_for(
+                lambda: segment.allocated >= end or self._allocation_error is not None, ALLOCATE_SECONDS
+            )
+            if self._allocation_error is not None and segment.allocated < end:
+                raise self._allocation_error
+            if not ready:
+                raise LaunchTimeout(f"the EPC was not allocated within {ALLOCATE_SECONDS} s")
+
+    def _allocate(self) -> None:
+        segment = self.memory.epc_segment
+        more = True
+        while more and not self._stop_allocating.is_set():
+            try:
+                more = segment.allocate_step()
+            except SharedMemoryFull as error:
+                log.error("%s", error)
+                self._allocation_error, more = error, False
+            with self._allocated:
+                self._allocated.notify_all()
+
+    def end_process(self, process: EnclaveProcess | None) -> bool:
+        """End an enclave process and all its descendants; False when they are not gone in time."""
+        if process is None or process.pidfd < 0:
+            return True
+        gone = self._zygote.end(process, END_SECONDS)
+        if gone:
+            process.close()
+        return gone
+
+    def reclaim(self, place: Place, gone: bool) -> None:
+        """Close a launch and get its pages back: generation 0, ring, range, scrub, free.
+
+        When its processes are not ``gone``, or a measurer cannot be excluded, the pages stay quarantined:
+        somebody might still write into them.
+        """
+        memory = self.memory
+        memory.launches.close_launch(place.slot)
+        self._pool.ring()
+        try:
+            with Claims(memory.control_segment.fd) as claims:
+                self.take_range(claims, place.slot)
+                if gone:
+                    scrub(memory, place)
+        except LaunchTimeout:
+            gone = False
+        if gone:
+            self._free_place(place)
+        else:
+            log.error(
+                "launch %d did not end: its %d pages stay quarantined", place.generation, place.page_count
+            )
+            with self._lock:
+                self._quarantined += place.page_count
+
+    def forget_enclave(self, enclave: Enclave) -> None:
+        """An enclave has ended."""
+        with self._lock:
+            self._enclaves.discard(enclave)
+
+    def _on_news(self, worker: int, news: News) -> None:
+        with self._lock:
+            enclaves = list(self._enclaves)
+        for enclave in enclaves:
+            if enclave.generation == news.generation:
+                enclave.timeline.add("measure", f"worker {worker}", news.start, news.end, news.pages)
+
+    def _on_change(self) -> None:
+        with self._lock:
+            enclaves = list(self._enclaves)
+        for enclave in enclaves:
+            enclave.notify()
+
+    # ------------------------------------------------------------------------------------------ the rest
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of this moment: EPC pages (total, free, quarantined), launches, workers."""
+        with self._lock:
+            launches, live, quarantined = self._generation, len(self._enclaves), self._quarantined
+        return {
+            "epc_pages": self.memory.epc.page_count,
+            "epc_pages_free": self._extents.free_pages(),
+            "epc_pages_quarantined": quarantined,
+            "launches": launches,
+            "enclaves": live,
+            "workers": self.workers,
+            "workers_ready": self._pool.ready,
+            "worker_deaths": self._pool.deaths,
+            "hasher": self.hasher.name,
+        }
+
+    def wait_workers(self, timeout: float = 10.0) -> bool:
+        """Wait until all workers have reported; launches never need this. False past ``timeout`` s."""
+        return self._pool.wait_ready(timeout)
+
+    def close(self) -> None:
+        """End all enclaves, workers and the zygote, give all shared memory back. Twice is fine."""
+        with self._lock:
+            if not self._usable:
+                return
+            self._usable = False
+            enclaves = list(self._enclaves)
+        for enclave in enclaves:
+            enclave.close()
+        self._pool.close()
+        self._zygote.close(END_SECONDS)
+        self._stop_allocating.set()
+        self._allocator.join()
+        self._close_memory()
+        _runtimes.discard(self)
+
+    def _close_memory(self) -> None:
+        os.close(self._epc_read_only)
+        os.close(self._epcm_read_only)
+        self.memory.close()
+
+    def _check_usable(self) -> None:
+        if self._forked:
+            raise EnturboError("this Runtime belongs to the parent process; make one in the forked child")
+        if not self._usable:
+            raise EnturboError("the Runtime is closed")
+
+    def _after_fork(self) -> None:
+        """In a forked child of the host: no descriptor of the runtime stays open, or the child would keep
+        claims and lifelines alive after the host's death. No lock is taken: its holder is not here."""
+        if not self._usable:
+            return
+        self._usable, self._forked = False, True
+        for enclave in list(self._enclaves):
+            enclave.forget()
+        self._pool.forget()
+        self._zygote.forget()
+        self._close_memory()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def enclave_spec(image: EnclaveImage, place: Place, gate: GateMode, gate_timeout: float) -> EnclaveSpec:
+    """What the enclave process must know to map its pages."""
+    runs: list[Run] = []
+    index = 0
+    for regions, dynamic in ((image.regions, False), (image.dynamic, True)):
+        for region in regions:
+            runs.append(
+                Run(
+                    region.offset // PAGE_SIZE, index, region.page_count, region.flags, dynamic, region.chunks
+                )
+            )
+            index += region.page_count
+    return EnclaveSpec(
+        generation=place.generation,
+        first_page=place.first_page,
+        page_count=place.page_count,
+        stream_pages=image.page_count,
+        runs=tuple(runs),
+        gate=gate,
+        gate_timeout=gate_timeout,
+    )
+
+
+def scrub(memory: Memory, place: Place) -> None:
+    """Zero the pages and their EPCM entries. The claim range is held and the enclave is gone."""
+    pages = memory.epc.pages(place.first_page, place.page_count)
+    zero(pages)
+    memory.epcm.clear(place.first_page, place.page_count)
+
+
+def _close_all() -> None:
+    for runtime in list(_runtimes):
+        runtime.close()
+
+
+def _forked() -> None:
+    forget_claims()
+    for runtime in list(_runtimes):
+        runtime._after_fork()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forked)
