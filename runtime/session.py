@@ -104,11 +104,11 @@ class Session:
         self._thread.start()
 
     def submit(self, event: Any, timeout: float | None) -> Future[Any]:
-        """Queue a call. Raises MessageError for an event that cannot be carried, EnclaveDestroyed."""
+        """Queue a call. Raises MessageError (it cannot be carried), and what ended the enclave."""
         encode(event)
         with self._lock:
             if self._error is not None:
-                raise EnclaveDestroyed(f"the enclave is gone: {self._error}") from self._error
+                raise self._error
             self._number += 1
             call = _Call(self._number, event, timeout)
             self._queue.append(call)

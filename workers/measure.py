@@ -30,6 +30,7 @@ from .sha256 import Chain, Hasher, Pages, Span
 
 STRIPE_PAGES: Final = 256  # pages of one domain hashed in one claim; about 1 ms for a pair of lanes
 CHAIN_PAGES: Final = 512  # the same where there is one domain: nobody else could take a part of it
+_LAST: Final = np.iinfo(np.int64).max  # sorts behind every progress
 
 
 class Outcome(enum.Enum):
@@ -99,7 +100,7 @@ class View:
         """Pairs not known to be finished, the one with the least progress first; True: it may be by now."""
         released = self.smc.released[: self.launch.domains]
         progress = released.reshape(self.launch.pairs, -1).sum(1)
-        pairs = np.argsort(np.where(self.finished, np.iinfo(np.int64).max, progress), kind="stable")
+        pairs = np.argsort(np.where(self.finished, _LAST, progress), kind="stable")
         left = self.launch.pairs - int(self.finished.sum())
         return list(
             zip(pairs[:left].tolist(), (progress == self.pair_totals)[pairs[:left]].tolist(), strict=True)

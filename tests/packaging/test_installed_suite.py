@@ -23,6 +23,8 @@ def test_suite_passes_against_the_installed_wheel(tree: Path, sdist_python: Path
     """
     shutil.copytree(TESTS, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "packaging"))
     shutil.copy(tree / "pyproject.toml", tmp_path)  # pytest's settings
+    shutil.copy(tree / "README.md", tmp_path)  # its example is run
+    shutil.copytree(tree / "docs", tmp_path / "docs")  # the model's names are looked up
     where = [str(sdist_python), "-c", "import enturbo; print(enturbo.__file__)"]
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("ENTURBO_", "PYTHON"))}
     found = subprocess.run(

@@ -1,0 +1,150 @@
+"""What this machine offers a runtime, and what it does not: the facts behind ``enturbo doctor``.
+
+Everything is looked up cheaply and without side effects. Nothing here is needed by a launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from ..shm.errors import EnturboError
+from ..shm.layout import EPCM_ENTRY, PAGE_SIZE, SMC_SIZE
+from ..shm.segment import SHM_DIRECTORY
+from ..workers.sha256 import get_hasher, hasher_report
+
+CPU_FLAGS: Final = ("sha_ni", "avx2", "avx512f")
+LANDLOCK_CREATE_RULESET: Final = 444  # the same number on every architecture
+LANDLOCK_VERSION: Final = 1
+USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
+UFFD_USER_MODE_ONLY: Final = 1
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Facts by section; values are text, numbers, booleans, lists and None."""
+    return {
+        "machine": _machine(),
+        "processors": _processors(),
+        "hasher": _hasher(),
+        "shared memory": _shared_memory(),
+        "gates": _gates(),
+        "memory cost": {
+            "smc_bytes_per_starting_enclave": SMC_SIZE,
+            "epcm_bytes_per_page": EPCM_ENTRY.size,
+            "page_bytes": PAGE_SIZE,
+        },
+    }
+
+
+def _machine() -> dict[str, Any]:
+    from .. import __version__
+
+    return {
+        "enturbo": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+    }
+
+
+def _processors() -> dict[str, Any]:
+    from .host import MAX_WORKERS
+
+    usable = len(os.sched_getaffinity(0))
+    model, flags = _cpu()
+    covered = platform.machine() == "x86_64"
+    return {
+        "model": model,
+        "logical": os.cpu_count(),
+        "usable": usable,
+        "cpu_quota": _cpu_quota(),
+        "features": [flag for flag in CPU_FLAGS if flag in flags],
+        "default_workers": min(usable, MAX_WORKERS) if covered else 0,
+        # Workers release pages to the enclave with plain stores; that is covered on x86-64 alone.
+        "host_measures_alone": not covered,
+    }
+
+
+def _cpu() -> tuple[str | None, frozenset[str]]:
+    """Model and feature flags of the first processor."""
+    model, flags = None, frozenset[str]()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and model is None:
+                model = value.strip()
+            elif name.strip() in ("flags", "Features") and not flags:
+                flags = frozenset(value.split())
+    return model, flags
+
+
+def _cpu_quota() -> float | None:
+    """Processors that the control group allows on average; None: no limit is set."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    return None
+
+
+def _hasher() -> dict[str, Any]:
+    report = dict(hasher_report())
+    forced = os.environ.get("ENTURBO_HASHER") or None
+    try:
+        chosen = get_hasher()
+    except EnturboError as error:
+        return {"chosen": None, "problem": str(error), "ENTURBO_HASHER": forced, **report}
+    return {
+        "chosen": chosen.name,
+        "lanes": chosen.lanes,
+        "midstates": chosen.midstates,
+        "ENTURBO_HASHER": forced,
+        **report,
+    }
+
+
+def _shared_memory() -> dict[str, Any]:
+    try:
+        room = os.statvfs(SHM_DIRECTORY)
+    except OSError as error:
+        return {"path": SHM_DIRECTORY, "problem": error.strerror}
+    return {
+        "path": SHM_DIRECTORY,
+        "size_bytes": room.f_blocks * room.f_frsize,
+        "free_bytes": room.f_bavail * room.f_frsize,
+    }
+
+
+def _gates() -> dict[str, Any]:
+    _, flags = _cpu()
+    return {
+        "enforcement": "cooperative",
+        "confidentiality": False,
+        "userfaultfd": _has_userfaultfd(),
+        "landlock_abi": _landlock_abi(),
+        "seccomp": Path("/proc/sys/kernel/seccomp/actions_avail").exists(),
+        "protection_keys": "ospke" in flags,
+    }
+
+
+def _has_userfaultfd() -> bool | None:
+    """Whether an unprivileged userfaultfd can be had; None: not known for this machine."""
+    number = USERFAULTFD.get(platform.machine())
+    if number is None:
+        return None
+    fd = ctypes.CDLL(None).syscall(number, os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
+    if fd < 0:
+        return False
+    os.close(fd)
+    return True
+
+
+def _landlock_abi() -> int:
+    """Landlock's ABI version; 0: the kernel has none, or it is off."""
+    version: int = ctypes.CDLL(None).syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_VERSION)
+    return max(0, version)
