@@ -23,7 +23,7 @@ from ..shm.launches import Claims, Launch
 from ..shm.layout import COPY_BY_HOST, PAGE_SIZE, SCHEME_ENTURBO, SCHEME_SGX
 from ..shm.smc import Smc
 from ..workers import records
-from ..workers.measure import Measurer, Outcome
+from ..workers.measure import Measurer, Outcome, settled
 from .measurement import Measurement
 from .region import Region
 
@@ -130,7 +130,7 @@ class Start:
         table = self.host.memory.launches
         self.host.take_range(self._claims, place.slot)
         try:
-            table.open_launch(place.slot, launch, self._claims)
+            table.open_launch(place.slot, launch, self._claims, settled(launch))
             table.measurers[place.slot] = measurers
         finally:
             self._claims.give_range(place.slot)

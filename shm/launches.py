@@ -17,7 +17,8 @@ import fcntl
 import os
 import struct
 import weakref
-from types import TracebackType
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -29,6 +30,9 @@ from .smc import Smc
 
 CLAIM_BYTES: Final = 64  # lock bytes of one slot; pairs use the first MAX_PAIRS of them
 _FLOCK = struct.Struct("hhqqi4x")
+
+
+_NOTHING: Final[Mapping[int, bytes]] = MappingProxyType({})
 
 
 class Launch(NamedTuple):
@@ -81,9 +85,12 @@ class LaunchTable:
         slots = np.flatnonzero(generations)
         return sorted((int(generations[slot]), int(slot)) for slot in slots)
 
-    def open_launch(self, slot: int, launch: Launch, claims: Claims) -> None:
+    def open_launch(
+        self, slot: int, launch: Launch, claims: Claims, settled: Mapping[int, bytes] = _NOTHING
+    ) -> None:
         """Host: make ``launch`` exist. ``claims`` must hold the slot's whole range.
 
+        ``settled``: the digests of the domains that have no pages; nobody needs to claim them.
         The generation is stored last: a measurer that reads it finds all the rest in place. A host that
         dies before that store leaves a closed slot.
         """
@@ -105,6 +112,8 @@ class LaunchTable:
             page_count=launch.page_count,
             generation=launch.generation,
         )
+        for domain, digest in settled.items():
+            self._smcs[slot].publish(domain, launch.generation, None, digest, 64, blocks=0, final=True)
         self.generations[slot] = launch.generation
 
     def close_launch(self, slot: int) -> None:

@@ -22,7 +22,7 @@ from enturbo.shm.layout import COPY_BY_HOST, PAGE_SIZE, SCHEME_ENTURBO, SCHEME_S
 from enturbo.shm.memory import Memory
 from enturbo.workers import records
 from enturbo.workers.faults import POINTS
-from enturbo.workers.measure import Measurer, Outcome
+from enturbo.workers.measure import Measurer, Outcome, block_totals, settled
 from enturbo.workers.sha256 import get_hasher
 
 HASHERS = ("reference", "hashlib", "native")
@@ -63,7 +63,7 @@ class Bench:
             index += region.page_count
         with Claims(self.memory.control_segment.fd) as claims:
             assert claims.take_range(0)
-            self.memory.launches.open_launch(0, self.launch, claims)
+            self.memory.launches.open_launch(0, self.launch, claims, settled(self.launch))
 
     def bytes_of(self) -> bytes:
         out = bytearray()
@@ -137,6 +137,14 @@ def bench() -> Iterator[Callable[..., Bench]]:
     yield make
     for each in made:
         each.close()
+
+
+@given(pages=st.integers(0, 200), domains=st.sampled_from([1, 2, 8, 32]), block=st.sampled_from([1, 4, 16]))
+def test_block_totals_and_settled_domains(pages: int, domains: int, block: int) -> None:
+    launch = Launch(1, SCHEME_ENTURBO, domains, block, 0, pages, 1 << 30, 1, COPY_BY_HOST)
+    expected = [records.domain_blocks(pages, domain, domains, block) for domain in range(domains)]
+    assert block_totals(launch).tolist() == expected
+    assert sorted(settled(launch)) == [domain for domain in range(domains) if expected[domain] == 0]
 
 
 @pytest.mark.parametrize("hasher", HASHERS)

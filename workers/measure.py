@@ -15,9 +15,11 @@ pair until its digests are final, and leaves when the launch closes.
 from __future__ import annotations
 
 import enum
+import functools
+import hashlib
 import time
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -61,28 +63,52 @@ class _Domain(NamedTuple):
     blocks: int  # included in the chain
 
 
+def block_totals(launch: Launch) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Blocks of each domain: block b of the image belongs to domain b mod D."""
+    blocks = -(-launch.page_count // launch.block)
+    return (blocks + np.arange(launch.domains - 1, -1, -1, dtype=np.int64)) // launch.domains
+
+
+def settled(launch: Launch) -> dict[int, bytes]:
+    """The digests of the domains without pages: that of their first record alone.
+
+    The host stores them when it opens the launch, so nobody claims a domain to hash nothing.
+    """
+    empty = max(0, launch.domains + launch.page_count // -launch.block)
+    return {
+        domain: _empty_digest(prefix(launch, domain))
+        for domain in range(launch.domains - empty, launch.domains)
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _empty_digest(record: bytes) -> bytes:
+    return hashlib.sha256(record).digest()
+
+
+def prefix(launch: Launch, domain: int) -> bytes:
+    """The record with which the domain's stream begins."""
+    if launch.scheme == SCHEME_SGX:
+        return records.ecreate(launch.ssa_frame_size, launch.size)
+    return records.hashdom(domain, launch.domains, launch.block)
+
+
 class View:
     """A launch as one measurer sees it: geometry, cached chains, pairs known to be finished."""
 
     def __init__(self, memory: Memory, slot: int, launch: Launch) -> None:
         self.slot, self.launch, self.generation = slot, launch, launch.generation
         self.smc = memory.launches.smc(slot)
-        self.totals = np.array(
-            [
-                records.domain_blocks(launch.page_count, domain, launch.domains, launch.block)
-                for domain in range(launch.domains)
-            ],
-            np.int64,
-        )
+        self.totals = block_totals(launch)
         first, count = launch.first_page, launch.page_count
         size = EPCM_ENTRY.size
         self.pages = Pages(
             memory.epcm.buffer[first * size : (first + count) * size], memory.epc.pages(first, count)
         )
-        self.finished = np.zeros(launch.pairs, np.bool_)
         self.chains: dict[int, tuple[int, Chain]] = {}
         self.stripe = max(1, (STRIPE_PAGES if launch.domains > 1 else CHAIN_PAGES) // launch.block)
         self.pair_totals = self.totals.reshape(launch.pairs, -1).sum(1)
+        self.finished = self.pair_totals == 0  # settled when the launch was opened
 
     def domains(self, pair: int) -> range:
         """The domains of ``pair``: two, or one where D is 1."""
@@ -198,9 +224,8 @@ class Measurer:
         return True
 
     def _is_block_released(self, view: View, domain: int, block: int) -> bool:
-        if block < 0:  # an empty domain: nothing to release, but its digest must be there
-            newest = view.smc.newest(domain, view.generation)
-            return newest is not None and newest.final
+        if block < 0:  # an empty domain is settled when the launch is opened
+            return True
         last = view.launch.first_page + view.block_end(domain, block) - 1
         return self.memory.epcm.is_released(last, view.generation)
 
@@ -277,7 +302,7 @@ class Measurer:
             chain = self.hasher.resume(newest.state, newest.length)
         else:
             chain = self.hasher.start()
-            chain.update(self._prefix(view, domain))
+            chain.update(prefix(view.launch, domain))
         return _Domain(domain, newest, chain, blocks)
 
     def _release_behind(self, view: View, domain: int, blocks: int) -> None:
@@ -294,13 +319,12 @@ class Measurer:
             if domain.chain is None:
                 continue
             count = self._ready_blocks(view, domain.number, domain.blocks)
-            if count or int(view.totals[domain.number]) == domain.blocks:
+            if count:
                 work.append((domain, count))
-        lanes = [(domain, count) for domain, count in work if count]
-        if lanes:
+        if work:
             self.hasher.extend(
-                [domain.chain for domain, _ in lanes if domain.chain is not None],
-                [self._span(view, domain.number, domain.blocks, count) for domain, count in lanes],
+                [domain.chain for domain, _ in work if domain.chain is not None],
+                [self._span(view, domain.number, domain.blocks, count) for domain, count in work],
             )
         self._point("hashed")
         self._commit(view, [(domain, domain.blocks + count) for domain, count in work])
@@ -385,12 +409,6 @@ class Measurer:
         for block in range(start, end):
             first, past = view.block_start(domain, block), view.block_end(domain, block)
             self.memory.epcm.release(view.launch.first_page + first, past - first, view.generation)
-
-    def _prefix(self, view: View, domain: int) -> bytes:
-        launch = view.launch
-        if launch.scheme == SCHEME_SGX:
-            return records.ecreate(launch.ssa_frame_size, launch.size)
-        return records.hashdom(domain, launch.domains, launch.block)
 
     def _point(self, name: str) -> None:
         if self._fault is not None:
