@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-wheel test-mutations lint model model-large bench clean
+.PHONY: help demo test test-all test-wheel test-mutations asan arm lint model model-large bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,13 @@ test-wheel: $(VENV)/.test  ## build a wheel, install it, run the suite against i
 
 test-mutations: $(VENV)/.test  ## take one rule away at a time: a named test must fail
 	$(BIN)/python tests/run_mutations.py
+
+asan: $(VENV)/.test  ## the C extension under AddressSanitizer and UBSan; needs gcc (half a minute)
+	tests/kernels/check_asan $(BIN)/python
+
+# Needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user-static; no .venv.
+arm:  ## the kernels for 64-bit ARM, cross-compiled and emulated
+	tests/kernels/check_arm
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ FOLDER = "src/enturbo/workers"
 SHA256 = Extension(
     "enturbo.workers._sha256",
     sources=[f"{FOLDER}/_sha256.c"],
-    depends=[f"{FOLDER}/_sha256_{part}.h" for part in ("kernels", "lanes", "nt")],
+    depends=[f"{FOLDER}/_sha256_{part}.h" for part in ("kernels", "x86", "arm", "lanes", "nt")],
     define_macros=[("Py_LIMITED_API", "0x030B0000")],
     extra_compile_args=["-O3", "-Wall", "-Wextra"],
     py_limited_api=True,
