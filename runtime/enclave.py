@@ -156,7 +156,9 @@ class Enclave:
         """
         self._closed = True
         self._start.cancel()
-        if self._thread is not threading.current_thread():
+        if self._thread.ident is None:
+            self._start.close()  # it never began
+        elif self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
         self._end(EnclaveDestroyed("the enclave was closed"), EnclaveState.DESTROYED)
         self._ended.wait(CLOSE_SECONDS)
@@ -200,7 +202,7 @@ class Enclave:
             self._start.close()
 
     def _carry_out(self) -> None:
-        self._host.wait_allocated(self._start.place)
+        self._host.arena.wait_allocated(self._start.place)
         early = self._strategy.early and self._host.store_order
         if self._session is not None and early:
             self._session.start()
@@ -262,7 +264,7 @@ class Enclave:
                 self._session.close()
             # A start thread that did not unwind in time might still copy: its pages are not reused.
             unwound = self._thread is threading.current_thread() or not self._thread.is_alive()
-            self._host.reclaim(self._start.place, gone and unwound)
+            self._host.arena.reclaim(self._start.place, gone and unwound)
             with self._condition:
                 if (self._error is None and self._mrenclave is None) or state is EnclaveState.REJECTED:
                     self._error = error

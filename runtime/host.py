@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
-from ..shm.epc import Extents
-from ..shm.errors import EnturboError, LaunchTimeout, SharedMemoryFull
-from ..shm.launches import Claims, forget_claims
+from ..shm.errors import EnturboError
+from ..shm.launches import forget_claims
 from ..shm.layout import PAGE_SIZE
-from ..shm.memory import DEFAULT_SLOTS, Memory
-from ..workers.copying import copy_into, zero
+from ..shm.memory import DEFAULT_SLOTS
+from ..workers.copying import copy_into
 from ..workers.pool import Pool
 from ..workers.protocol import News
 from ..workers.sha256 import get_hasher
+from .arena import Arena, Place
 from .enclave import Enclave
 from .gate import EnclaveSpec, GateMode, Run
 from .image import EnclaveImage
@@ -37,7 +37,7 @@ from .processes import EnclaveProcess, Zygote
 from .session import DEFAULT_OUTPUT_LIMIT, SPAWN_SECONDS, Channel, Ocalls, Session
 from .sigstruct import Sigstruct
 from .sizes import parse_size
-from .startup import STARTUPS, Place, Start
+from .startup import STARTUPS, Start, Strategy
 from .trace import Timeline
 from .trust import check_trust
 
@@ -45,17 +45,9 @@ log = logging.getLogger("enturbo")
 
 MAX_WORKERS: Final = 8
 GATES: Final = ("write", "execute")
-RANGE_SECONDS: Final = 0.5  # for measurers to leave a closed launch before their workers are killed
-RANGE_GIVE_UP: Final = 5.0
 END_SECONDS: Final = 5.0  # for an enclave's processes to be gone; past it its pages stay quarantined
-ALLOCATE_SECONDS: Final = 60.0
-GENERATION_LIMIT: Final = 0xFFFF_FFFF
 
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
-
-
-class LaunchTableFull(EnturboError):
-    """Every launch slot of the runtime is in use."""
 
 
 class Runtime:
@@ -124,21 +116,18 @@ class Runtime:
         if epc_pages < 1:
             raise EnturboError("epc: expected at least one page")
         self._lock = threading.Lock()
+        self._launched = threading.Condition(self._lock)
+        self._launching = 0  # launches that have a place and are not registered yet
         self._usable = True
         self._forked = False
         self._enclaves: set[Enclave] = set()
-        self._free_slots = list(range(slots - 1, -1, -1))
-        self._generation = 0
-        self._quarantined = 0
-        self.memory = Memory.create(epc_pages, slots)
-        self._extents = Extents(epc_pages)
-        self._epc_read_only = self.memory.epc_segment.read_only()
-        self._epcm_read_only = self.memory.epcm_segment.read_only()
-        self._allocated = threading.Condition()
-        self._allocation_error: SharedMemoryFull | None = None
-        self._stop_allocating = threading.Event()
-        self._allocator = threading.Thread(target=self._allocate, name="enturbo-arena", daemon=True)
-        self._allocator.start()
+        self.arena = Arena(
+            epc_pages,
+            slots,
+            ring=lambda: self._pool.ring(),
+            kill_holders=lambda slot: self._pool.kill_holders(slot),
+        )
+        self.memory = self.arena.memory
         self._pool = Pool(
             self.memory, self.workers, self.hasher.name, on_news=self._on_news, on_change=self._on_change
         )
@@ -196,24 +185,46 @@ class Runtime:
         measurement = check_trust(sigstruct, expected=expected, **trust)
         timeline = Timeline(launched)
         timeline.add("verify", "host", launched, time.monotonic_ns())
-        place = self._allocate_place(image.epc_pages)
+        with self._lock:
+            self._check_usable()
+            self._launching += 1
+        try:
+            enclave = self._register(
+                image, strategy, measurement, timeline, {**self.ocalls, **(ocalls or {})}
+            )
+            try:
+                enclave.begin()
+            except BaseException:
+                enclave.close()
+                raise
+        finally:
+            # Only now may close() look: it can end what has begun, and nothing else.
+            with self._lock:
+                self._launching -= 1
+                self._launched.notify_all()
+        return enclave
+
+    def _register(
+        self,
+        image: EnclaveImage,
+        strategy: Strategy,
+        measurement: Measurement | None,
+        timeline: Timeline,
+        ocalls: Ocalls,
+    ) -> Enclave:
+        """A place and an enclave in it that :meth:`close` knows of; nothing runs yet."""
+        place = self.arena.take(image.epc_pages)
         try:
             start = Start(self, image, measurement, place, timeline)
             session = None
             if image.handler is not None:
-                session = self._session_maker(image, place, timeline, {**self.ocalls, **(ocalls or {})})
+                session = self._session_maker(image, place, timeline, ocalls)
             enclave = Enclave(self, strategy, start, session, timeline)
         except BaseException:
-            self._free_place(place)
+            self.arena.give_back(place)
             raise
         with self._lock:
-            usable = self._usable
-            if usable:
-                self._enclaves.add(enclave)
-        enclave.begin()
-        if not usable:  # closed meanwhile, and close() did not see this one
-            enclave.close()
-            self._check_usable()
+            self._enclaves.add(enclave)
         return enclave
 
     def _session_maker(
@@ -245,8 +256,8 @@ class Runtime:
             process = self._zygote.spawn(
                 spec,
                 self.memory.epc_segment.fd,
-                self._epc_read_only,
-                self._epcm_read_only,
+                self.arena.epc_read_only,
+                self.arena.epcm_read_only,
                 theirs,
                 out_w,
                 err_w,
@@ -260,22 +271,6 @@ class Runtime:
             os.close(out_w)
             os.close(err_w)
         return process, channel
-
-    def _allocate_place(self, pages: int) -> Place:
-        with self._lock:
-            self._check_usable()
-            if self._generation + 1 >= GENERATION_LIMIT:
-                raise EnturboError("this runtime has used up its launch numbers; start another")
-            if not self._free_slots:
-                raise LaunchTableFull("every launch slot is in use; close an enclave first")
-            first = self._extents.allocate(pages)
-            self._generation += 1
-            return Place(self._free_slots.pop(), self._generation, first, pages)
-
-    def _free_place(self, place: Place) -> None:
-        self._extents.free(place.first_page, place.page_count)
-        with self._lock:
-            self._free_slots.append(place.slot)
 
     # ------------------------------------------------------------------------- what starts and ends need
 
@@ -292,53 +287,9 @@ class Runtime:
         """Kill the workers that hold a claim of ``slot``."""
         return self._pool.kill_holders(slot)
 
-    def take_range(self, claims: Claims, slot: int) -> None:
-        """Take all claims of a closed slot. When it is held, no measurer is between a check and a store.
-
-        Waits for measurers to leave, then kills the workers that do not. Raises LaunchTimeout.
-        """
-        begin = time.monotonic()
-        pause, kill_at = 20e-6, begin + RANGE_SECONDS
-        while not claims.take_range(slot):
-            now = time.monotonic()
-            if now > begin + RANGE_GIVE_UP:
-                raise LaunchTimeout(
-                    f"the claims of launch slot {slot} were not given back in {RANGE_GIVE_UP} s"
-                )
-            if now > kill_at:
-                self._pool.kill_holders(slot)
-                kill_at = now + RANGE_SECONDS
-            time.sleep(pause)
-            pause = min(2 * pause, 2e-3)
-
     def copy_bytes(self, target: memoryview, source: memoryview) -> None:
         """Copy into the EPC, past the cache for long stretches; all stores are visible on return."""
         copy_into(target, source)
-
-    def wait_allocated(self, place: Place) -> None:
-        """Wait until the arena's background allocation has covered ``place``. Raises SharedMemoryFull."""
-        end = (place.first_page + place.page_count) * PAGE_SIZE
-        segment = self.memory.epc_segment
-        with self._allocated:
-            ready = self._allocated.wait_for(
-                lambda: segment.allocated >= end or self._allocation_error is not None, ALLOCATE_SECONDS
-            )
-            if self._allocation_error is not None and segment.allocated < end:
-                raise self._allocation_error
-            if not ready:
-                raise LaunchTimeout(f"the EPC was not allocated within {ALLOCATE_SECONDS} s")
-
-    def _allocate(self) -> None:
-        segment = self.memory.epc_segment
-        more = True
-        while more and not self._stop_allocating.is_set():
-            try:
-                more = segment.allocate_step()
-            except SharedMemoryFull as error:
-                log.error("%s", error)
-                self._allocation_error, more = error, False
-            with self._allocated:
-                self._allocated.notify_all()
 
     def end_process(self, process: EnclaveProcess | None) -> bool:
         """End an enclave process and all its descendants; False when they are not gone in time."""
@@ -348,31 +299,6 @@ class Runtime:
         if gone:
             process.close()
         return gone
-
-    def reclaim(self, place: Place, gone: bool) -> None:
-        """Close a launch and get its pages back: generation 0, ring, range, scrub, free.
-
-        When its processes are not ``gone``, or a measurer cannot be excluded, the pages stay quarantined:
-        somebody might still write into them.
-        """
-        memory = self.memory
-        memory.launches.close_launch(place.slot)
-        self._pool.ring()
-        try:
-            with Claims(memory.control_segment.fd) as claims:
-                self.take_range(claims, place.slot)
-                if gone:
-                    scrub(memory, place)
-        except LaunchTimeout:
-            gone = False
-        if gone:
-            self._free_place(place)
-        else:
-            log.error(
-                "launch %d did not end: its %d pages stay quarantined", place.generation, place.page_count
-            )
-            with self._lock:
-                self._quarantined += place.page_count
 
     def forget_enclave(self, enclave: Enclave) -> None:
         """An enclave has ended."""
@@ -397,12 +323,12 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         """Counts of this moment: EPC pages (total, free, quarantined), launches, workers."""
         with self._lock:
-            launches, live, quarantined = self._generation, len(self._enclaves), self._quarantined
+            live = len(self._enclaves)
         return {
             "epc_pages": self.memory.epc.page_count,
-            "epc_pages_free": self._extents.free_pages(),
-            "epc_pages_quarantined": quarantined,
-            "launches": launches,
+            "epc_pages_free": self.arena.free_pages,
+            "epc_pages_quarantined": self.arena.quarantined,
+            "launches": self.arena.generation,
             "enclaves": live,
             "workers": self.workers,
             "workers_ready": self._pool.ready,
@@ -420,20 +346,14 @@ class Runtime:
             if not self._usable:
                 return
             self._usable = False
+            self._launched.wait_for(lambda: self._launching == 0)
             enclaves = list(self._enclaves)
         for enclave in enclaves:
             enclave.close()
         self._pool.close()
         self._zygote.close(END_SECONDS)
-        self._stop_allocating.set()
-        self._allocator.join()
-        self._close_memory()
+        self.arena.close()
         _runtimes.discard(self)
-
-    def _close_memory(self) -> None:
-        os.close(self._epc_read_only)
-        os.close(self._epcm_read_only)
-        self.memory.close()
 
     def _check_usable(self) -> None:
         if self._forked:
@@ -444,6 +364,7 @@ class Runtime:
     def _after_fork(self) -> None:
         """In a forked child of the host: no descriptor of the runtime stays open, or the child would keep
         claims and lifelines alive after the host's death. No lock is taken: its holder is not here."""
+        self._lock = threading.Lock()  # so that this object can still be asked, and closed at exit
         if not self._usable:
             return
         self._usable, self._forked = False, True
@@ -451,7 +372,7 @@ class Runtime:
             enclave.forget()
         self._pool.forget()
         self._zygote.forget()
-        self._close_memory()
+        self.arena.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -483,13 +404,6 @@ def enclave_spec(image: EnclaveImage, place: Place, gate: GateMode, gate_timeout
         gate=gate,
         gate_timeout=gate_timeout,
     )
-
-
-def scrub(memory: Memory, place: Place) -> None:
-    """Zero the pages and their EPCM entries. The claim range is held and the enclave is gone."""
-    pages = memory.epc.pages(place.first_page, place.page_count)
-    zero(pages)
-    memory.epcm.clear(place.first_page, place.page_count)
 
 
 def _close_all() -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..shm.errors import EnclaveDestroyed, EnturboError, LaunchTimeout, MeasurementMismatch, WorkerLost
 from ..shm.launches import Claims, Launch
@@ -24,6 +24,7 @@ from ..shm.layout import COPY_BY_HOST, PAGE_SIZE, SCHEME_ENTURBO, SCHEME_SGX
 from ..shm.smc import Smc
 from ..workers import records
 from ..workers.measure import Measurer, Outcome, settled
+from .arena import Place
 from .measurement import Measurement
 from .region import Region
 
@@ -39,15 +40,6 @@ SGX_BLOCK: Final = 16  # pages released together when there is one chain; no par
 ALONE_PAGES: Final = 64  # up to 256 KiB the host is done before a worker has woken up
 HELP_NAP: Final = 0.002  # seconds between looks while others hold all that is left
 MAX_STALLS: Final = 3  # progress deadlines in a row before the launch is given up
-
-
-class Place(NamedTuple):
-    """Where a launch lives: its slot and generation, and its extent in EPC pages."""
-
-    slot: int
-    generation: int
-    first_page: int
-    page_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +120,7 @@ class Start:
             place.first_page + self.page_count, place.page_count - self.page_count, place.generation
         )
         table = self.host.memory.launches
-        self.host.take_range(self._claims, place.slot)
+        self.host.arena.take_range(self._claims, place.slot)
         try:
             table.open_launch(place.slot, launch, self._claims, settled(launch))
             table.measurers[place.slot] = measurers

@@ -41,7 +41,7 @@ def test_the_steps_that_matter_are_named() -> None:
         "shm.smc.Smc.raise_released",
         "shm.epcm.Epcm.set_valid",
         "shm.epcm.Epcm.release",
-        "runtime.host.Runtime.reclaim",
+        "runtime.arena.Arena.reclaim",
         "runtime.startup.Start.verify",
         "runtime.gate.Gate.writable",
     } <= names()

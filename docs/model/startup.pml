@@ -562,8 +562,8 @@ inline take_range()
     do
     :: d_step { range_free -> claim[0] = HOST; claim[PAIRS - 1] = HOST } -> break // shm.launches.Claims.take_range
 #ifndef M_RANGE_DEADLINE
-    KILL_STOPPED(0)                                                     // runtime.host.Runtime.take_range
-    KILL_STOPPED(1)                                                     // runtime.host.Runtime.take_range
+    KILL_STOPPED(0)                                                     // runtime.arena.Arena.take_range
+    KILL_STOPPED(1)                                                     // runtime.arena.Arena.take_range
 #endif
     od
 }
@@ -734,12 +734,12 @@ destroy:
 #endif
         CHECK(NO_CAUGHT, range_free);
 #ifndef M_CLOSE_RANGE
-        take_range();                                                   // runtime.host.Runtime.reclaim
+        take_range();                                                   // runtime.arena.Arena.reclaim
 #endif
         holder = 0;
 #ifndef M_SCRUB
         /* Nobody is left who looks at these pages (STALE and OWN would tell), so this is one step. */
-        d_step {                                                        // runtime.host.scrub
+        d_step {                                                        // runtime.arena.scrub
             do
             :: pg <= PAGES -> content[pg] = ZERO; pg++
             :: else -> break

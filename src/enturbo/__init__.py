@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Runtime": "runtime.host",
-    "LaunchTableFull": "runtime.host",
+    "LaunchTableFull": "runtime.arena",
     "Enclave": "runtime.enclave",
     "EnclaveState": "runtime.enclave",
     "EnclaveImage": "runtime.image",
@@ -39,8 +39,9 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from .runtime.arena import LaunchTableFull
     from .runtime.enclave import Enclave, EnclaveState
-    from .runtime.host import LaunchTableFull, Runtime
+    from .runtime.host import Runtime
     from .runtime.image import EnclaveImage
     from .runtime.keys import SigningKey
     from .runtime.measurement import Measurement
