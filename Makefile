@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-wheel test-mutations asan arm lint model model-large bench clean
+.PHONY: help demo test test-all test-wheel asan arm lint model model-large bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,19 +26,15 @@ demo: $(VENV)/.demo  ## build, sign, start and call the example in all combinati
 test: $(VENV)/.test  ## the suite without what is slow (at most 4 minutes on two cores)
 	$(PYTEST) -m "not slow"
 
-# What `make test` ran is not run again from the tree: the slow tests, then the quick ones against an installed
-# wheel, then the mutations, then the model's larger instances. At most 10 minutes.
-test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, mutations, larger models
+# What `make test` ran is not run again from the tree: the slow tests (with most of the mutations), then the quick
+# ones against an installed wheel, then the model's larger instances. At most 10 minutes.
+test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, larger models
 	$(PYTEST) -m "slow and not wheel"
 	$(MAKE) test-wheel
-	$(MAKE) test-mutations
 	$(MAKE) model-large
 
 test-wheel: $(VENV)/.test  ## build a wheel, install it, run the suite against it outside the tree
 	$(PYTEST) -m wheel --capture=no
-
-test-mutations: $(VENV)/.test  ## take one rule away at a time: a named test must fail
-	$(BIN)/python tests/run_mutations.py
 
 asan: $(VENV)/.test  ## the C extension under AddressSanitizer and UBSan; needs gcc (half a minute)
 	tests/kernels/check_asan $(BIN)/python

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from ..shm.errors import EnclaveDestroyed, EnturboError
+from ..shm.errors import EnturboError
 from .compare import WORKER_SECONDS, Candidate, epc_size, measurers
 from .image import EnclaveImage
 from .keys import SigningKey
@@ -148,11 +148,7 @@ def attempt(title: str, launch: Callable[[], Enclave]) -> Refusal:
 
 def _outcome(enclave: Enclave) -> BaseException | None:
     """What a call fails with; None: it gives a result."""
-    try:
-        return enclave.submit(example_event()).exception(ANSWER_SECONDS)
-    except EnclaveDestroyed as error:
-        # The launch had been rejected before the call came; its own error says why.
-        return error.__cause__ or error
+    return enclave.submit(example_event()).exception(ANSWER_SECONDS)
 
 
 def tampered(image: EnclaveImage, file: str) -> EnclaveImage:

@@ -113,9 +113,9 @@ class Enclave:
         submission. ``timeout``: seconds the handler may take, counted from the call's start or from
         VERIFIED, whichever is later; past it the enclave is killed and the call fails with HandlerError.
 
-        Raises NoHandler, MessageError (an event that msgpack cannot carry), and what ended the enclave, if
-        it is gone: EnclaveDestroyed, or the error that rejected it. The future fails with HandlerError, with
-        the launch's error (MeasurementMismatch, …) or EnclaveDestroyed.
+        Raises NoHandler, and MessageError for an event that msgpack cannot carry. Everything else fails the
+        future, whenever it happens: HandlerError, the launch's own error (MeasurementMismatch, …), or
+        EnclaveDestroyed.
         """
         if self._session is None:
             raise NoHandler("the image names no handler: it can be measured and verified, not called")

@@ -214,6 +214,7 @@ class Runtime:
     ) -> Enclave:
         """A place and an enclave in it that :meth:`close` knows of; nothing runs yet."""
         place = self.arena.take(image.epc_pages)
+        start = None
         try:
             start = Start(self, image, measurement, place, timeline)
             session = None
@@ -221,6 +222,8 @@ class Runtime:
                 session = self._session_maker(image, place, timeline, ocalls)
             enclave = Enclave(self, strategy, start, session, timeline)
         except BaseException:
+            if start is not None:
+                start.close()
             self.arena.give_back(place)
             raise
         with self._lock:

@@ -104,15 +104,18 @@ class Session:
         self._thread.start()
 
     def submit(self, event: Any, timeout: float | None) -> Future[Any]:
-        """Queue a call. Raises MessageError (it cannot be carried), and what ended the enclave."""
+        """Queue a call. Raises MessageError: the event cannot be carried."""
         encode(event)
         with self._lock:
-            if self._error is not None:
-                raise self._error
             self._number += 1
             call = _Call(self._number, event, timeout)
-            self._queue.append(call)
-        self._wake()
+            error = self._error
+            if error is None:
+                self._queue.append(call)
+        if error is None:
+            self._wake()
+        else:
+            call.future.set_exception(error)
         return call.future
 
     def release(self) -> None:
@@ -152,10 +155,12 @@ class Session:
             self._channel.close()
         if self._ocall_pool is not None:
             self._ocall_pool.shutdown(wait=False, cancel_futures=True)
-        for fd in (self._wake_r, self._wake_w):
+        with self._lock:  # a submit of another thread may be about to wake us
+            fds = (self._wake_r, self._wake_w)
+            self._wake_r = self._wake_w = -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._wake_r = self._wake_w = -1
 
     def forget(self) -> None:
         """In a forked child of the host: close the copies of all descriptors. Takes no lock."""

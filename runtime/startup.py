@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+import numpy as np
+
 from ..shm.errors import EnclaveDestroyed, EnturboError, LaunchTimeout, MeasurementMismatch, WorkerLost
 from ..shm.launches import Claims, Launch
 from ..shm.layout import COPY_BY_HOST, PAGE_SIZE, SCHEME_ENTURBO, SCHEME_SGX
@@ -192,7 +194,8 @@ class Start:
             if outcome is Outcome.FINISHED:
                 break
             self._check_measuring(outcome)
-            progress = int(self._smc().released[: self.launch.domains].sum())
+            smc = self._smc()
+            progress = int(smc.released.sum(dtype=np.int64) + smc.hashed.sum(dtype=np.int64))
             if progress != last:
                 last, stalls, deadline = progress, 0, time.monotonic() + self.host.progress_timeout
             elif time.monotonic() > deadline:

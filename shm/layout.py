@@ -93,6 +93,7 @@ SMC_PROGRESS = Record(
         ("worker", "I", 0),  # slot of the worker that worked last on the domain; 0xFFFFFFFF: the host
         ("incarnation", "I", 4),
         ("blocks_released", "I", 8),
+        ("blocks_hashed", "I", 12),  # a sign of life where nothing can be released before the digest
     ),
 )
 SMC_RESULT = Record(

@@ -73,6 +73,7 @@ class Smc:
         self._progress = progress
         # One aligned u32 a domain, read by everybody that looks for work.
         self.released: np.ndarray[Any, np.dtype[np.uint32]] = progress["blocks_released"]
+        self.hashed: np.ndarray[Any, np.dtype[np.uint32]] = progress["blocks_hashed"]
 
     def reset(self, *, scheme: int, domains: int, block: int, page_count: int, generation: int) -> None:
         """Host, holding the claim range of a closed launch: nothing measured, nothing released."""

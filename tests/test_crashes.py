@@ -189,6 +189,19 @@ def test_pages_stay_quarantined_while_a_measurer_cannot_be_excluded(
             second.wait_verified(WAIT)
 
 
+def test_a_slow_measurer_that_works_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hasher without midstates releases nothing for long; its sign of life keeps the deadline away."""
+    pages = 32_768
+    image = EnclaveImage([Region(0, pages, 0x201, fill=0xCCCCCCCC)], size=pages * 4096)
+    expected = image.measure("sgx")
+    monkeypatch.setattr(Claims, "claim", lambda *_: False)  # the host leaves all of it to the worker
+    with Runtime(epc="128MiB", workers=1, hasher="hashlib", progress_timeout=0.05) as runtime:
+        assert runtime.wait_workers()
+        with runtime.launch(image, expected=expected) as enclave:
+            assert enclave.wait_verified(WAIT) == expected.digest
+        assert runtime.stats()["worker_deaths"] == 0
+
+
 def test_a_launch_that_makes_no_progress_is_given_up(make_image: MakeImage) -> None:
     """Somebody who is no worker keeps a claim: LaunchTimeout after a bounded number of deadlines."""
     image = make_image(100)

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -238,16 +239,18 @@ def handler(event, context):
     first, second = tmp_path / "first", tmp_path / "second"
     merge = Start.merge
     seen: list[tuple[bytes, bool, bool]] = []
+    made: list[tuple[Enclave, Future[Any]]] = []
 
     def late(start: Start) -> bytes:
-        until(first.exists)
+        until(lambda: first.exists() and made)
         time.sleep(0.1)
-        seen.append((enclave.stdout, second.exists(), future.done()))
+        seen.append((made[0][0].stdout, second.exists(), made[0][1].done()))
         return merge(start)
 
     monkeypatch.setattr(Start, "merge", late)
     with runtime.launch(image, expected=image.measure()) as enclave:
         future = enclave.submit([str(first), str(second)])
+        made.append((enclave, future))
         assert future.result(WAIT) == "done"
         assert enclave.stdout == b"x" * 1000 + b"y" * 300_000
     assert seen == [(b"", False, False)]
@@ -260,8 +263,11 @@ def test_a_death_is_not_told_before_the_verdict(
     image = function("import os\ndef handler(event, context):\n    os._exit(7)\n")
     merge = Start.merge
     seen: list[tuple[bool, str]] = []
+    made: list[tuple[Enclave, Future[Any]]] = []
 
     def late(start: Start) -> bytes:
+        until(lambda: made)
+        enclave, future = made[0]
         session = enclave._session
         assert session is not None
         until(lambda: session.process is not None)
@@ -275,6 +281,7 @@ def test_a_death_is_not_told_before_the_verdict(
     monkeypatch.setattr(Start, "merge", late)
     with runtime.launch(image, expected=image.measure()) as enclave:
         future = enclave.submit(None)
+        made.append((enclave, future))
         with pytest.raises(EnclaveDestroyed, match="status 7"):
             future.result(WAIT)
         assert seen == [(False, "MEASURING")]

@@ -48,7 +48,7 @@ PINNED: dict[str, tuple[layout.Record, np.dtype[Any] | None, int, dict[str, tupl
         layout.SMC_PROGRESS,
         dtypes.SMC_PROGRESS_DTYPE,
         16,
-        {"worker": (0, 4), "incarnation": (4, 4), "blocks_released": (8, 4)},
+        {"worker": (0, 4), "incarnation": (4, 4), "blocks_released": (8, 4), "blocks_hashed": (12, 4)},
     ),
     "SMC_RESULT": (
         layout.SMC_RESULT,

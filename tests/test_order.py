@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,17 @@ def test_the_handler_runs_while_nothing_is_measured(
     image = function("def handler(event, context):\n    open(event, 'w').close()\n    return 1\n")
     done = tmp_path / "done"
     step, looked = Measurer.step, []
+    made: list[Future[Any]] = []
 
     def late(measurer: Measurer, slot: int, generation: int) -> Any:
-        until(done.exists)
-        looked.append(future.done())
+        until(lambda: done.exists() and made)
+        looked.append(made[0].done())
         return step(measurer, slot, generation)
 
     monkeypatch.setattr(Measurer, "step", late)  # the image is small: no worker may claim
     with runtime.launch(image, expected=image.measure()) as enclave:
-        future = enclave.submit(str(done))
-        assert future.result(WAIT) == 1
+        made.append(enclave.submit(str(done)))
+        assert made[0].result(WAIT) == 1
     assert looked
     assert not any(looked)
 

@@ -347,8 +347,9 @@ def test_closing_while_the_copy_runs(
         future.result(WAIT)
     with pytest.raises(EnclaveDestroyed):
         enclave.wait_verified(WAIT)
+    late = enclave.submit(2)
     with pytest.raises(EnclaveDestroyed):
-        enclave.submit(2)
+        late.result(WAIT)
     assert runtime.stats()["epc_pages_free"] == runtime.stats()["epc_pages"]
 
 
@@ -718,6 +719,10 @@ def test_timeline_as_chrome_trace(
     with runtime.launch(image, expected=image.measure(), startup=startup) as enclave:
         enclave.call(str(done), timeout=WAIT)
         timeline: Timeline = enclave.timeline
+        # Workers tell what they did afterwards, so the last spans may come after the verdict.
+        until(
+            lambda: sum(each.pages for each in timeline.spans if each.name == "measure") == image.page_count
+        )
         timeline.save(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]

@@ -365,6 +365,7 @@ class Measurer:
                     span = self._span(view, domain.number, done, count)
                     self.hasher.extend([domain.chain], [span])
                     done, pause = done + count, 50e-6
+                    view.smc.hashed[domain.number] = done
                 elif self._is_open(view):
                     time.sleep(pause)
                     pause = min(2 * pause, 2e-3)

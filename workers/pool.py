@@ -199,7 +199,8 @@ class Pool:
         status = worker.process.wait()
         worker.close()
         self.deaths += 1
-        if not worker.ready:
+        # Killed from outside (an OOM killer, a test) says nothing about whether workers can boot.
+        if not worker.ready and status not in (-signal.SIGKILL, -signal.SIGTERM):
             self._boot_failures += 1
         log.warning("worker %d (pid %d) %s", worker.index, worker.process.pid, describe_status(status))
         self.ring()

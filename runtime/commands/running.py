@@ -130,11 +130,9 @@ def _call(enclave: Enclave, event: Any, timeout: float | None, verbose: bool) ->
     except MessageError as error:
         raise InputError(f"event: {error}") from None
     except EnturboError as error:
-        # A launch that was rejected before the call came refuses it, and says why in the cause.
-        why = error.__cause__ if isinstance(error.__cause__, EnturboError) else error
-        complain(why)
-        if verbose and isinstance(why, HandlerError):
-            print(why.remote_traceback, file=sys.stderr)
+        complain(error)
+        if verbose and isinstance(error, HandlerError):
+            print(error.remote_traceback, file=sys.stderr)
         raise typer.Exit(REFUSED) from None
     finally:
         for output in (enclave.stdout, enclave.stderr):
