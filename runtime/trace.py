@@ -11,7 +11,9 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+MAX_SPANS: Final = 10_000  # a start has hundreds; an enclave that serves for weeks must not grow for it
 
 
 class Span(NamedTuple):
@@ -49,9 +51,10 @@ class Timeline:
         self.eaug_pages = 0  # heap pages that were touched, so EAUG'd, so far (SGX2 images)
 
     def add(self, name: str, track: str, start: int, end: int, pages: int = 0) -> None:
-        """Record a span."""
+        """Record a span; past :data:`MAX_SPANS` it is left out."""
         with self._lock:
-            self._spans.append(Span(name, track, start, end, pages))
+            if len(self._spans) < MAX_SPANS:
+                self._spans.append(Span(name, track, start, end, pages))
 
     @property
     def spans(self) -> list[Span]:

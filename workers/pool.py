@@ -223,6 +223,7 @@ class Pool:
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._host_pidfd, fds.epc, fds.epcm, fds.control),
                 cwd="/",
+                start_new_session=True,  # Ctrl-C at the terminal is the host's to handle
             )
             worker = _Worker(index, self._incarnations, process, ours)
         except BaseException:
