@@ -42,6 +42,7 @@ from .trace import Timeline
 from .trust import check_trust
 
 log = logging.getLogger("enturbo")
+log.addHandler(logging.NullHandler())  # what is logged is the application's to show: errors are raised too
 
 MAX_WORKERS: Final = 8
 GATES: Final = ("write", "execute")
