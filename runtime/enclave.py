@@ -183,6 +183,7 @@ class Enclave:
 
     def forget(self) -> None:
         """In a forked child of the host: close the copies of this enclave's descriptors."""
+        self._start.forget()
         if self._session is not None and not self._ended.is_set():
             self._session.forget()
 
@@ -264,7 +265,7 @@ class Enclave:
                 self._session.close()
             # A start thread that did not unwind in time might still copy: its pages are not reused.
             unwound = self._thread is threading.current_thread() or not self._thread.is_alive()
-            self._host.arena.reclaim(self._start.place, gone and unwound)
+            self._host.arena.reclaim(self._start.place, gone and unwound, shared=self._start.shared)
             with self._condition:
                 if (self._error is None and self._mrenclave is None) or state is EnclaveState.REJECTED:
                     self._error = error

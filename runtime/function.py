@@ -18,6 +18,7 @@ from typing import Final
 
 from ..shm.errors import ImageFormatError
 from ..shm.layout import PAGE_SIZE
+from .backing import pack
 from .image import EnclaveImage, PathLike
 from .program import Extent, Program, encode, is_module_name, split_handler
 from .region import READ, TYPE_REG, WRITE, Region
@@ -195,7 +196,8 @@ def _lay_out(
             break
         manifest_pages = needed
     first = Region(0, manifest_pages, READ_ONLY, content=encoded)
-    return EnclaveImage((first, *layout.regions), size=1 << (layout.end - 1).bit_length())
+    regions, backing = pack((first, *layout.regions))
+    return EnclaveImage(regions, size=1 << (layout.end - 1).bit_length(), backing=backing)
 
 
 def _place_all(

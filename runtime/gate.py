@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any, Final, Literal
 
+from ..shm import libc
 from ..shm.errors import EnturboError, GateTimeout
 from ..shm.layout import EPCM_ENTRY, PAGE_SIZE
-from . import libc
 
 SECINFO_R: Final = 1
 SECINFO_W: Final = 2

@@ -26,7 +26,7 @@ from ..shm.layout import PAGE_SIZE
 from ..shm.memory import DEFAULT_SLOTS
 from ..workers.copying import copy_into
 from ..workers.pool import Pool
-from ..workers.protocol import News
+from ..workers.protocol import COPIED, SCRUBBED, News
 from ..workers.sha256 import get_hasher
 from .arena import Arena, Place
 from .enclave import Enclave
@@ -37,7 +37,7 @@ from .processes import EnclaveProcess, Zygote
 from .session import DEFAULT_OUTPUT_LIMIT, SPAWN_SECONDS, Channel, Ocalls, Session
 from .sigstruct import Sigstruct
 from .sizes import parse_size
-from .startup import STARTUPS, Start, Strategy
+from .startup import PREFERENCES, STARTUPS, Preference, Start, Strategy
 from .trace import Timeline
 from .trust import check_trust
 
@@ -125,8 +125,10 @@ class Runtime:
         self.arena = Arena(
             epc_pages,
             slots,
+            self.hasher,
             ring=lambda: self._pool.ring(),
             kill_holders=lambda slot: self._pool.kill_holders(slot),
+            has_workers=lambda: self._pool.ready > 0,
         )
         self.memory = self.arena.memory
         self._pool = Pool(
@@ -135,6 +137,7 @@ class Runtime:
         self._zygote = Zygote()
         _runtimes.add(self)
         try:
+            self.arena.start()
             self._pool.start()
             self._zygote.start()
         except BaseException:
@@ -149,6 +152,7 @@ class Runtime:
         sigstruct: Sigstruct | bytes | None = None,
         *,
         startup: str = "enturbo",
+        prefer: Preference = "start",
         expected: Measurement | None = None,
         signers: Iterable[bytes] | None = None,
         min_svn: int | None = None,
@@ -161,7 +165,9 @@ class Runtime:
 
         What it must measure to comes from ``sigstruct`` (scheme, D and B stand in it), whose signer must be
         one of ``signers`` unless ``any_signer``; or from ``expected``; or ``allow_unsigned`` says that
-        nothing is expected. ``startup``: ``"serial"`` or ``"enturbo"``.
+        nothing is expected. ``startup``: ``"serial"`` or ``"enturbo"``. ``prefer``, of use to ``enturbo``
+        alone: ``"start"`` copies everything first, so that the handler finds its pages early; ``"verified"``
+        copies each stripe directly before it is hashed, which ends sooner.
 
         Raises SignatureError, UntrustedSigner, EPCExhausted, LaunchTableFull, EnturboError here; what is
         found later (MeasurementMismatch, WorkerLost, …) fails the enclave's futures and ``wait_verified``.
@@ -170,6 +176,8 @@ class Runtime:
         strategy = STARTUPS.get(startup)
         if strategy is None:
             raise EnturboError(f"startup: expected one of {', '.join(STARTUPS)}, found {startup!r}")
+        if prefer not in PREFERENCES:
+            raise EnturboError(f"prefer: expected one of {', '.join(PREFERENCES)}, found {prefer!r}")
         self._check_usable()
         given = {
             "signers": None if signers is None else tuple(signers),
@@ -191,7 +199,7 @@ class Runtime:
             self._launching += 1
         try:
             enclave = self._register(
-                image, strategy, measurement, timeline, {**self.ocalls, **(ocalls or {})}
+                image, strategy, prefer, measurement, timeline, {**self.ocalls, **(ocalls or {})}
             )
             try:
                 enclave.begin()
@@ -209,6 +217,7 @@ class Runtime:
         self,
         image: EnclaveImage,
         strategy: Strategy,
+        prefer: Preference,
         measurement: Measurement | None,
         timeline: Timeline,
         ocalls: Ocalls,
@@ -217,7 +226,7 @@ class Runtime:
         place = self.arena.take(image.epc_pages)
         start = None
         try:
-            start = Start(self, image, measurement, place, timeline)
+            start = Start(self, image, measurement, place, timeline, prefer)
             session = None
             if image.handler is not None:
                 session = self._session_maker(image, place, timeline, ocalls)
@@ -287,6 +296,12 @@ class Runtime:
         """Workers that died since the runtime began."""
         return self._pool.deaths
 
+    @property
+    def has_idle_cores(self) -> bool:
+        """Whether fewer workers run than there are cores: then a host thread that measures disturbs
+        nobody."""
+        return self._pool.ready < self.cores
+
     def kill_holders(self, slot: int) -> list[int]:
         """Kill the workers that hold a claim of ``slot``."""
         return self._pool.kill_holders(slot)
@@ -310,11 +325,15 @@ class Runtime:
             self._enclaves.discard(enclave)
 
     def _on_news(self, worker: int, news: News) -> None:
+        if news.kind == SCRUBBED:
+            self.arena.collect()
+            return
+        name = "copy" if news.kind == COPIED else "measure"
         with self._lock:
             enclaves = list(self._enclaves)
         for enclave in enclaves:
             if enclave.generation == news.generation:
-                enclave.timeline.add("measure", f"worker {worker}", news.start, news.end, news.pages)
+                enclave.timeline.add(name, f"worker {worker}", news.start, news.end, news.pages)
 
     def _on_change(self) -> None:
         with self._lock:
@@ -325,14 +344,18 @@ class Runtime:
     # ------------------------------------------------------------------------------------------ the rest
 
     def stats(self) -> dict[str, Any]:
-        """Counts of this moment: EPC pages (total, free, quarantined), launches, workers."""
+        """Counts of this moment: EPC pages (total, free, of the free ones dirty, quarantined), bytes of the
+        EPC
+        in huge pages, launches, workers. Dirty pages are scrubbed by workers in their idle time."""
         with self._lock:
             live = len(self._enclaves)
         return {
             "epc_pages": self.memory.epc.page_count,
             "epc_pages_free": self.arena.free_pages,
+            "epc_pages_dirty": self.arena.dirty_pages,
             "epc_pages_quarantined": self.arena.quarantined,
-            "launches": self.arena.generation,
+            "epc_bytes_huge": self.memory.epc_segment.huge,
+            "launches": self.arena.launches,
             "enclaves": live,
             "workers": self.workers,
             "workers_ready": self._pool.ready,
@@ -343,6 +366,17 @@ class Runtime:
     def wait_workers(self, timeout: float = 10.0) -> bool:
         """Wait until all workers have reported; launches never need this. False past ``timeout`` s."""
         return self._pool.wait_ready(timeout)
+
+    def warm(self, timeout: float = 60.0) -> bool:
+        """Wait until the whole EPC is allocated and mapped by the host and by all workers.
+
+        It happens in the background from the beginning, and launches never wait for it (only for their own
+        pages to be allocated); but a launch that comes sooner pays for its first touches itself. False past
+        ``timeout`` seconds, or if no worker can be started. Raises SharedMemoryFull.
+        """
+        deadline = time.monotonic() + timeout
+        mapped = self.arena.wait_mapped(timeout)
+        return self._pool.wait_warm(max(0.0, deadline - time.monotonic())) and mapped
 
     def close(self) -> None:
         """End all enclaves, workers and the zygote, give all shared memory back. Twice is fine."""

@@ -8,7 +8,6 @@ pages.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -16,11 +15,13 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ..shm.errors import ImageFormatError
 from . import program as manifests
-from .measurement import DEFAULT_BLOCK, DEFAULT_DOMAINS, Measurement, check_scheme
+from .measurement import DEFAULT_BLOCK, DEFAULT_DOMAINS, Measurement
+from .measuring import MeasureJob, measure_images
 from .program import Program
 from .region import MAX_PAGES, Buffer, Region
 
 if TYPE_CHECKING:
+    from .backing import Backing
     from .sigstruct import Sigstruct
 
 __all__ = ["Buffer", "EnclaveImage", "Region"]
@@ -38,6 +39,7 @@ class EnclaveImage:
         ssa_frame_size: SECS.SSAFRAMESIZE, pages.
         dynamic: zero regions that EAUG brings after EINIT's record stream (SGXv2); never measured.
         sigstructs: those that the file carried.
+        backing: the file that holds the regions' contents, where there is one.
 
     Raises ImageFormatError for overlapping regions, regions outside ``size`` and the like.
     """
@@ -50,14 +52,14 @@ class EnclaveImage:
         ssa_frame_size: int = 1,
         dynamic: Iterable[Region] = (),
         sigstructs: Iterable[Sigstruct] = (),
-        mapping: mmap.mmap | None = None,
+        backing: Backing | None = None,
     ) -> None:
         self.regions: Final[tuple[Region, ...]] = tuple(regions)
         self.dynamic: Final[tuple[Region, ...]] = tuple(dynamic)
         self.size: Final = size
         self.ssa_frame_size: Final = ssa_frame_size
         self.sigstructs: Final[tuple[Sigstruct, ...]] = tuple(sigstructs)
-        self._mapping = mapping
+        self.backing = backing
         self._program: Program | None = None
         _check_secs(size, ssa_frame_size)
         _check_dynamic(self.dynamic)
@@ -120,7 +122,7 @@ class EnclaveImage:
             size=self.size,
             ssa_frame_size=self.ssa_frame_size,
             dynamic=(*self.dynamic, *(region for region in self.regions if region.is_heap)),
-            mapping=self._mapping,
+            backing=self.backing,
         )
 
     def measure(
@@ -142,20 +144,8 @@ class EnclaveImage:
 
         Raises SchemeError and EnturboError (no such hasher).
         """
-        check_scheme(scheme, domains, block)
-        from ..workers.stream import measure_stream
-
-        digest = measure_stream(
-            self.ssa_frame_size,
-            self.size,
-            self.regions,
-            scheme=scheme,
-            domains=domains,
-            block=block,
-            workers=workers,
-            hasher=hasher,
-        )
-        return Measurement(digest, scheme, domains, block)
+        job = MeasureJob(self, scheme, domains, block)
+        return measure_images([job], workers=workers, hasher=hasher)[0]
 
     @property
     def page_count(self) -> int:
@@ -204,15 +194,20 @@ class EnclaveImage:
             return None
 
     def close(self) -> None:
-        """Unmap the file that the image came from, if any. Its ``as_edmm()`` cannot be used either then."""
-        mapping, self._mapping = self._mapping, None
-        if mapping is None:
+        """Close the file behind the image, if any. Its ``as_edmm()`` cannot be used either then.
+
+        Not before its launches are MEASURED: they read it. Without this it is closed with the image.
+        """
+        backing, self.backing = self.backing, None
+        if backing is None:
             return
         for region in self.regions:
             if isinstance(region.content, memoryview):
-                region.content.release()
-        with contextlib.suppress(BufferError):  # someone reads a slice: the mapping goes with the last one
-            mapping.close()
+                with contextlib.suppress(
+                    BufferError
+                ):  # someone reads it: the mapping goes with the last view
+                    region.content.release()
+        backing.close()
 
     def __enter__(self) -> Self:
         return self

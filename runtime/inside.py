@@ -24,8 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from ..shm import libc
 from ..shm.errors import EnturboError, GateTimeout
-from . import libc
 from .context import Context
 from .gate import EnclaveSpec, Gate, map_enclave
 from .importer import ORIGIN, BaseFinder, EPCFinder, forget_carried, install

@@ -7,7 +7,7 @@ pages is four numbers.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from ..shm.errors import ImageFormatError
@@ -59,6 +59,8 @@ class Region:
         content: the bytes, zero-padded up to the last page; None: see ``fill``.
         fill: a u32 repeated over all pages when there is no content; 0: zero pages.
         measured: True: all of each page; False: none; an int: its bit i stands for chunk i (256 bytes).
+        file_page: where the content stands in the file behind the image, in pages; None: in this process's
+            memory alone. No part of what the region is.
 
     Raises ImageFormatError for what cannot be added.
     """
@@ -69,6 +71,7 @@ class Region:
     content: Buffer | None = None
     fill: int = 0
     measured: bool | int = True
+    file_page: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if type(self.offset) is not int or self.offset < 0 or self.offset % PAGE_SIZE:

@@ -6,26 +6,52 @@ nothing else changes. What is measured is never a strategy's business: scheme, D
 trusted.
 
     serial     copy and measure in turns on one thread, judge, and only then let the enclave run
-    enturbo    the enclave runs at once; the host copies, workers measure behind it, the host helps, judge
+    enturbo    the enclave runs at once; workers and host copy and measure, as follows; judge
+
+    who copies                            chosen when
+    holders of claims, everything first   prefer="start", and every process can read the image
+    holders of claims, stripe by stripe   prefer="verified", likewise
+    the host; workers measure behind it   the image's pages are in the host's memory alone, or one chain
+                                          (scheme sgx) is all there is: one claim, so one copier at a time
+    the host, and it measures alone       up to 256 KiB
 """
 
 from __future__ import annotations
 
 import hmac
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
 
-from ..shm.errors import EnclaveDestroyed, EnturboError, LaunchTimeout, MeasurementMismatch, WorkerLost
+from ..shm.errors import (
+    EnclaveDestroyed,
+    EnturboError,
+    ImageFormatError,
+    LaunchTimeout,
+    MeasurementMismatch,
+    WorkerLost,
+)
 from ..shm.launches import Claims, Launch
-from ..shm.layout import COPY_BY_HOST, PAGE_SIZE, SCHEME_ENTURBO, SCHEME_SGX
+from ..shm.layout import (
+    COPY_BY_HOST,
+    COPY_FIRST,
+    COPY_FUSED,
+    FAULT_SOURCE,
+    NO_SOURCE,
+    PAGE_SIZE,
+    SCHEME_ENTURBO,
+    SCHEME_SGX,
+)
 from ..shm.smc import Smc
 from ..workers import records
-from ..workers.measure import Measurer, Outcome, settled
+from ..workers.measure import Measurer, settled
+from ..workers.protocol import COPIED
+from ..workers.view import Outcome, block_totals
 from .arena import Place
 from .measurement import Measurement
 from .region import Region
@@ -41,7 +67,12 @@ COPY_PIECE: Final = 256  # pages a copy step of `enturbo`: published together
 SGX_BLOCK: Final = 16  # pages released together when there is one chain; no part of the value
 ALONE_PAGES: Final = 64  # up to 256 KiB the host is done before a worker has woken up
 HELP_NAP: Final = 0.002  # seconds between looks while others hold all that is left
+LOOK_NAP: Final = 0.01  # the same while workers do it all; they wake the host when a pair is finished
+IDLE_LOOKS: Final = 3  # looks in a row at which nothing has moved in any launch
 MAX_STALLS: Final = 3  # progress deadlines in a row before the launch is given up
+
+Preference = Literal["start", "verified"]
+PREFERENCES: Final[tuple[Preference, ...]] = ("start", "verified")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +95,10 @@ class Start:
         expected: Measurement | None,
         place: Place,
         timeline: Timeline,
+        prefer: Preference = "start",
     ) -> None:
-        self.host, self.image, self.expected, self.place, self.timeline = (
-            host,
-            image,
-            expected,
-            place,
-            timeline,
-        )
+        self.host, self.image, self.expected, self.place = host, image, expected, place
+        self.timeline, self.prefer = timeline, prefer
         self.measurement = expected if expected is not None else Measurement(bytes(32))
         self.changed = threading.Event()  # set by the pool: news, a death
         self._cancelled = threading.Event()
@@ -79,6 +106,10 @@ class Start:
         self._claims = Claims(host.memory.control_segment.fd)
         self._measurer = Measurer(host.memory, self._claims, host.hasher, on_span=self._on_span)
         self.page_count = image.page_count
+        self.copy_mode = COPY_BY_HOST
+        self.shared = False  # workers may have claimed something
+        # Ours: launches name it to workers, and the image may be closed meanwhile.
+        self._source_fd = -1 if image.backing is None else os.dup(image.backing.fd)
         self.on_copied: Callable[[], None] = lambda: None
 
     # ------------------------------------------------------------------------------------------- opening
@@ -96,15 +127,25 @@ class Start:
             page_count=self.page_count,
             size=self.image.size,
             ssa_frame_size=self.image.ssa_frame_size,
-            copy_mode=COPY_BY_HOST,
+            copy_mode=self.copy_mode,
+            source_fd=self._source_fd if self._source_fd >= 0 else NO_SOURCE,
         )
 
-    def open(self, measurers: int) -> None:
+    @property
+    def is_readable(self) -> bool:
+        """Whether any process can copy the image: from its file, or because there are no bytes to copy."""
+        return all(
+            region.content is None or (region.file_page is not None and self._source_fd >= 0)
+            for region in self.image.regions
+        )
+
+    def open(self, measurers: int, copy_mode: int = COPY_BY_HOST) -> None:
         """Describe all pages in the EPCM, then make the launch exist; workers below ``measurers`` may claim.
 
         EAUG pages are zero (every free page is) and belong to no record: VALID at once.
         """
         epcm, place = self.host.memory.epcm, self.place
+        self.copy_mode, self.shared = copy_mode, measurers > 0
         index = place.first_page
         for region in (*self.image.regions, *self.image.dynamic):
             epcm.describe(
@@ -115,6 +156,8 @@ class Start:
                 linear=region.offset // PAGE_SIZE,
                 generation=place.generation,
             )
+            if copy_mode != COPY_BY_HOST:
+                self._describe_source(index, region)
             index += region.page_count
         launch = self.launch
         epcm.set_hash_dom(place.first_page, self.page_count, launch.domains, launch.block)
@@ -129,8 +172,18 @@ class Start:
         finally:
             self._claims.give_range(place.slot)
 
+    def _describe_source(self, index: int, region: Region) -> None:
+        epcm = self.host.memory.epcm
+        if region.content is not None and region.file_page is not None:
+            with memoryview(region.content) as content:
+                pages = -(-content.nbytes // PAGE_SIZE)
+            epcm.set_file_source(index, pages, region.file_page)
+        elif region.fill:
+            epcm.set_fill_source(index, region.page_count, region.fill)
+
     def allow(self, measurers: int) -> None:
         """Let workers below ``measurers`` claim, and wake them."""
+        self.shared = self.shared or measurers > 0
         self.host.memory.launches.measurers[self.place.slot] = measurers
         self.host.ring()
 
@@ -184,20 +237,32 @@ class Start:
                 return outcome
 
     def await_measured(self) -> None:
-        """Help measuring until the last page is released.
+        """Wait until the last page is released, and help where that is of use.
+
+        The host measures while cores are idle (workers that have not reported yet, or fewer of them). Beside
+        as many workers as cores it would only take turns with them, and a claim whose holder waits for a core
+        is what the others wait for in the end. It helps all the same when nothing has moved for a while.
 
         Raises WorkerLost, LaunchTimeout, EnturboError (a fault word) or EnclaveDestroyed (cancelled).
         """
+        table, place = self.host.memory.launches, self.place
         last, stalls, deadline = -1, 0, time.monotonic() + self.host.progress_timeout
+        moved, idle_looks = -1, 0
         while True:
-            outcome = self.measure_available()
+            helping = not self.shared or self.host.has_idle_cores or idle_looks >= IDLE_LOOKS
+            if helping:
+                outcome = self.measure_available()
+            else:
+                outcome = self._measurer.look(place.slot, place.generation)
+            self._note_copied()
             if outcome is Outcome.FINISHED:
                 break
             self._check_measuring(outcome)
-            smc = self._smc()
-            progress = int(smc.released.sum(dtype=np.int64) + smc.hashed.sum(dtype=np.int64))
+            smc, copied = self._smc(), table.copied[place.slot]
+            progress = sum(int(each.sum(dtype=np.int64)) for each in (smc.released, smc.hashed, copied))
             if progress != last:
                 last, stalls, deadline = progress, 0, time.monotonic() + self.host.progress_timeout
+                idle_looks = 0
             elif time.monotonic() > deadline:
                 stalls += 1
                 if stalls > MAX_STALLS:
@@ -207,16 +272,37 @@ class Start:
                     )
                 # A stopped worker would keep its claim for ever; a dead one's is free at once.
                 self.host.ring()
-                self.host.kill_holders(self.place.slot)
+                self.host.kill_holders(place.slot)
                 deadline = time.monotonic() + self.host.progress_timeout
-            self.changed.wait(HELP_NAP)
+            elif not helping:
+                # Older launches come first, so this one may wait while workers are busy with them.
+                before, moved = moved, table.total_progress()
+                idle_looks = idle_looks + 1 if moved == before else 0
+            self.changed.wait(HELP_NAP if helping else LOOK_NAP)
             self.changed.clear()
+        # Nothing is left to claim; workers need not look at this slot again while the enclave lives.
+        table.measurers[place.slot] = 0
         self.timeline.measured = time.monotonic_ns()
+
+    def _note_copied(self) -> None:
+        """Where holders of claims copy: the moment at which all is VALID."""
+        if self.timeline.copied is None:
+            launch = self.launch
+            copied = self.host.memory.launches.copied[self.place.slot, : launch.pairs]
+            if bool((copied >= block_totals(launch)[::2]).all()):
+                self.timeline.copied = time.monotonic_ns()
+                self.on_copied()
 
     def _check_measuring(self, outcome: Outcome) -> None:
         self._check_cancelled()
         table, place = self.host.memory.launches, self.place
         if outcome is Outcome.FAULT or int(table.fault[place.slot]) == place.generation:
+            if int(table.fault_reason[place.slot]) == FAULT_SOURCE:
+                raise ImageFormatError(
+                    "the image's file",
+                    expected=f"{self.page_count} pages to copy",
+                    found="less, or it cannot be read: it was changed after it was loaded",
+                )
             raise EnturboError(
                 "the Shadow Measurement Cache is damaged: a result covers fewer blocks than were released"
             )
@@ -229,9 +315,11 @@ class Start:
     def _smc(self) -> Smc:
         return self.host.memory.launches.smc(self.place.slot)
 
-    def _on_span(self, slot: int, generation: int, pages: int, start: int, end: int, finished: bool) -> None:
+    def _on_span(
+        self, kind: int, slot: int, generation: int, pages: int, start: int, end: int, finished: bool
+    ) -> None:
         if pages:
-            self.timeline.add("measure", "host", start, end, pages)
+            self.timeline.add("copy" if kind == COPIED else "measure", "host", start, end, pages)
 
     # -------------------------------------------------------------------------------------------- verdict
 
@@ -284,9 +372,19 @@ class Start:
             raise EnclaveDestroyed("the enclave was closed while it was starting")
 
     def close(self) -> None:
-        """Give this thread's claims and views back."""
+        """Give this thread's claims and views back.
+
+        Nobody copies from the image's file any more: all pages are VALID, or the claim range was taken.
+        """
         self._measurer.forget()
         self._claims.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptor of the image's file; all that is to be done in a forked child of the host."""
+        fd, self._source_fd = self._source_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class Strategy(Protocol):
@@ -323,22 +421,33 @@ class SerialStartup:
 
 
 class EnturboStartup:
-    """Decoupled and parallel: workers follow the copy, all measure after it, the enclave already runs."""
+    """Decoupled and parallel: the enclave already runs while all copy and measure."""
 
     early = True
 
     def run(self, start: Start) -> None:
         """See :class:`Strategy`."""
+        if start.page_count <= ALONE_PAGES:
+            start.open(measurers=0)
+            start.copy_all()
+        elif start.is_readable and start.launch.domains > 1:
+            start.open(start.host.workers, COPY_FUSED if start.prefer == "verified" else COPY_FIRST)
+            start.host.ring()
+        else:
+            self._host_copies(start)
+        start.await_measured()
+
+    @staticmethod
+    def _host_copies(start: Start) -> None:
+        """One core is the copier's; workers beyond the others only delay it, and so delay the enclave."""
         host = start.host
-        alone = start.page_count <= ALONE_PAGES
-        while_copying = 0 if alone else min(host.workers, max(0, host.cores - 1))
+        while_copying = min(host.workers, max(0, host.cores - 1))
         start.open(while_copying)
         if while_copying:
             host.ring()
         start.copy_all()
-        if not alone and host.workers > while_copying:
+        if host.workers > while_copying:
             start.allow(host.workers)
-        start.await_measured()
 
 
 STARTUPS: Final[dict[str, Strategy]] = {"serial": SerialStartup(), "enturbo": EnturboStartup()}

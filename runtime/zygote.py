@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final
 
-from . import libc
+from ..shm import libc
 from .gate import EnclaveSpec
 from .importer import BaseFinder, base_finder, install
 from .inside import Descriptors, close_all_but, enclave_main

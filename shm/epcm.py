@@ -16,13 +16,29 @@ are enough; the pool and early execution are therefore switched on only there.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .dtypes import EPCM_DTYPE
+from .layout import EPCM_ENTRY, SOURCE_FILE, SOURCE_FILL
 
 U32Array = np.ndarray[Any, np.dtype[np.uint32]]
+
+
+class Rows(NamedTuple):
+    """Pages that recur: row r is [base + r * stride + column, + width), cut at ``end``. EPC pages.
+
+    The blocks of a hash domain are such rows, and so are the two blocks of a pair, which are neighbours.
+    ``whole``: rows of the table that lie before ``end`` with all their stride.
+    """
+
+    base: int
+    stride: int
+    column: int
+    width: int
+    whole: int
+    end: int
 
 
 class Epcm:
@@ -34,6 +50,7 @@ class Epcm:
         self._generation: U32Array = self.entries["generation"]
         self._valid: U32Array = self.entries["valid"]
         self._released: U32Array = self.entries["released"]
+        self._source: np.ndarray[Any, np.dtype[np.uint64]] = self.entries["source"]
 
     def describe(
         self, first: int, count: int, *, flags: int, chunks: int, linear: int, generation: int
@@ -50,8 +67,33 @@ class Epcm:
 
     def set_hash_dom(self, first: int, count: int, domains: int, block: int) -> None:
         """Host, before VALID: HASH_DOM of the pages of one image, page 0 at EPC page ``first``."""
-        pages = np.arange(count, dtype=np.uint32)
-        self.entries["hash_dom"][first : first + count] = (pages // block) % domains
+        hash_dom = self.entries["hash_dom"][first : first + count]
+        numbers = np.arange(domains, dtype=np.uint8)
+        whole = count - count % (domains * block)
+        hash_dom[:whole].reshape(-1, domains, block)[:] = numbers[None, :, None]
+        hash_dom[whole:] = np.repeat(numbers, block)[: count - whole]
+
+    def set_file_source(self, first: int, count: int, file_page: int) -> None:
+        """Host, before the launch is opened: the bytes of ``count`` pages stand in the image's file from
+        page ``file_page`` on."""
+        begin = SOURCE_FILE | file_page
+        self._source[first : first + count] = np.arange(begin, begin + count, dtype=np.uint64)
+
+    def set_fill_source(self, first: int, count: int, word: int) -> None:
+        """The same for pages that repeat a u32. Pages without a source stay zero."""
+        self._source[first : first + count] = SOURCE_FILL | word
+
+    def sources(self, first: int, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """The sources of ``count`` pages (``enturbo.shm.layout.SOURCE_FILE``, ``SOURCE_FILL``, 0), copied."""
+        return self._source[first : first + count].copy()
+
+    def source_rows(
+        self, first: int, rows: int, width: int, stride: int
+    ) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """The same for rows of ``width`` pages, ``stride`` pages apart."""
+        at = first * EPCM_ENTRY.size + EPCM_ENTRY.offset("source")
+        strides = (stride * EPCM_ENTRY.size, EPCM_ENTRY.size)
+        return np.ndarray((rows, width), "<u8", self.buffer, at, strides).copy()
 
     def set_valid(self, first: int, count: int, generation: int) -> None:
         """Copier, after the bytes: publish ``count`` pages.
@@ -61,17 +103,43 @@ class Epcm:
         """
         self._valid[first : first + count] = generation
 
-    def release(self, first: int, count: int, generation: int) -> None:
-        """Measurer, after the SMC result that covers them: clear WRLOCK of ``count`` pages.
+    def set_valid_rows(self, rows: Rows, start: int, end: int, generation: int) -> None:
+        """:meth:`set_valid` for the rows ``start`` .. ``end`` - 1 of pages that recur, in ascending order.
+
+        A copier that dies half-way has made a prefix of them VALID, and the next one goes on behind it.
+        """
+        self._store(self._valid, EPCM_ENTRY.offset("valid"), rows, start, end, generation)
+
+    def release_rows(self, rows: Rows, start: int, end: int, generation: int) -> None:
+        """Measurer, after the SMC results that cover them: clear WRLOCK of the rows ``start`` .. ``end`` - 1.
 
         Ascending: the last page of a block is stored last, so "the last page is released" means all are.
         Dying half-way is harmless, whoever takes the domain over releases what the result covers again.
         """
-        self._released[first : first + count] = generation
+        self._store(self._released, EPCM_ENTRY.offset("released"), rows, start, end, generation)
+
+    def _store(
+        self, values: U32Array, offset: int, rows: Rows, start: int, end: int, generation: int
+    ) -> None:
+        whole = min(end, rows.whole)
+        if start < whole:
+            # All whole rows by one assignment; numpy stores in the order of addresses.
+            at = (rows.base + start * rows.stride + rows.column) * EPCM_ENTRY.size + offset
+            strides = (rows.stride * EPCM_ENTRY.size, EPCM_ENTRY.size)
+            shape = (whole - start, rows.width)
+            np.ndarray(shape, "<u4", self.buffer, at, strides)[...] = generation
+        if end > max(start, rows.whole):  # the last row, which may be short
+            first = rows.base + (end - 1) * rows.stride + rows.column
+            values[first : min(first + rows.width, rows.end)] = generation
 
     def is_valid(self, page: int, generation: int) -> bool:
         """VALID for this launch: the page's bytes may be read."""
         return int(self._valid[page]) == generation and int(self._generation[page]) == generation
+
+    def first_not_valid(self, first: int, count: int, generation: int) -> int:
+        """How many of ``count`` pages from ``first`` on are VALID before the first that is not."""
+        missing = self._valid[first : first + count] != generation
+        return int(missing.argmax()) if missing.any() else count
 
     def is_released(self, page: int, generation: int) -> bool:
         """The measurer is done with the page."""
@@ -79,11 +147,13 @@ class Epcm:
 
     def clear(self, first: int, count: int) -> None:
         """Host, launch closed and claim range held: the entries belong to nobody."""
-        self.entries[first : first + count] = np.zeros(1, EPCM_DTYPE)
+        # As plain words: assigning a record is thirty times slower.
+        self.entries[first : first + count].view("<u8")[:] = 0
 
     def close(self) -> None:
         """Drop the views, so that the mapping can go."""
         empty = np.empty(0, np.uint32)
         self.entries = np.empty(0, EPCM_DTYPE)
         self._generation = self._valid = self._released = empty
+        self._source = np.empty(0, np.uint64)
         self.buffer = memoryview(b"")

@@ -23,8 +23,17 @@ from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
-from .dtypes import LAUNCH_DTYPE
-from .layout import LAUNCH_SLOT_SIZE, MAX_PAIRS, PAGE_SIZE
+from .dtypes import LAUNCH_DTYPE, SMC_PROGRESS_DTYPE
+from .layout import (
+    LAUNCH,
+    LAUNCH_SLOT_SIZE,
+    MAX_DOMAINS,
+    MAX_PAIRS,
+    NO_SOURCE,
+    PAGE_SIZE,
+    SMC_PROGRESS,
+    SMC_PROGRESS_AT,
+)
 from .segment import reopen
 from .smc import Smc
 
@@ -47,6 +56,7 @@ class Launch(NamedTuple):
     size: int
     ssa_frame_size: int
     copy_mode: int
+    source_fd: int = NO_SOURCE  # the host's descriptor of the image's file
 
     @property
     def pairs(self) -> int:
@@ -61,10 +71,21 @@ class LaunchTable:
         self.slots = slots
         self._rows = np.ndarray((slots,), LAUNCH_DTYPE, buffer, 0, (LAUNCH_SLOT_SIZE,))
         self.generations: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["generation"]
+        self.domains: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["domains"]
         self.measurers: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["measurers"]
         self.copy_aborted: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["copy_aborted"]
         self.copy_front: np.ndarray[Any, np.dtype[np.uint64]] = self._rows["copy_front"]
         self.fault: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["fault"]
+        self.fault_reason: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["fault_reason"]
+        self.copy_mode: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["copy_mode"]
+        # Rows that each pair's holders have copied, slot by pair: a hint that spares looking at the EPCM.
+        self.copied: np.ndarray[Any, np.dtype[np.uint32]] = np.ndarray(
+            (slots, MAX_PAIRS), "<u4", buffer, LAUNCH.offset("copied"), (LAUNCH_SLOT_SIZE, 4)
+        )
+        at = PAGE_SIZE + SMC_PROGRESS_AT
+        self._progress = np.ndarray(
+            (slots, MAX_DOMAINS), SMC_PROGRESS_DTYPE, buffer, at, (LAUNCH_SLOT_SIZE, SMC_PROGRESS.size)
+        )
         self._smcs = [
             Smc(buffer[slot * LAUNCH_SLOT_SIZE + PAGE_SIZE : (slot + 1) * LAUNCH_SLOT_SIZE])
             for slot in range(slots)
@@ -79,10 +100,10 @@ class LaunchTable:
         row = self._rows[slot]
         return Launch(*(int(row[name]) for name in Launch._fields))
 
-    def open_slots(self) -> list[tuple[int, int]]:
-        """(generation, slot) of the open launches, oldest first."""
+    def open_slots(self, worker: int = -1) -> list[tuple[int, int]]:
+        """(generation, slot) of the open launches, oldest first; with ``worker`` those it may claim."""
         generations = self.generations.copy()
-        slots = np.flatnonzero(generations)
+        slots = np.flatnonzero((generations != 0) & (self.measurers > worker))
         return sorted((int(generations[slot]), int(slot)) for slot in slots)
 
     def open_launch(
@@ -105,6 +126,8 @@ class LaunchTable:
         row["copy_aborted"] = 0
         row["copy_front"] = 0
         row["fault"] = 0
+        row["fault_reason"] = 0
+        self.copied[slot] = 0
         self._smcs[slot].reset(
             scheme=launch.scheme,
             domains=launch.domains,
@@ -120,12 +143,39 @@ class LaunchTable:
         """Host: no new claim is worked on from here. Then ring all and take the range."""
         self.generations[slot] = 0
 
+    def total_progress(self) -> int:
+        """Blocks released and hashed and rows copied in all slots: it changes while anybody works at all."""
+        hashed, released = self._progress["blocks_hashed"], self._progress["blocks_released"]
+        return sum(int(each.sum(dtype=np.int64)) for each in (hashed, released, self.copied))
+
+    def report_fault(self, slot: int, generation: int, reason: int) -> None:
+        """Measurer, holding a claim: the launch must be rejected. The reason first: who reads ``fault``
+        finds it; two measurers at once may swap reasons, either of which is one."""
+        self.fault_reason[slot] = reason
+        self.fault[slot] = generation
+
     def drop(self) -> None:
         """Drop the views, so that the mapping can go."""
         self._smcs.clear()
         self._rows = np.empty(0, LAUNCH_DTYPE)
-        for name in ("generations", "measurers", "copy_aborted", "copy_front", "fault"):
+        self._progress = np.empty(0, SMC_PROGRESS_DTYPE)
+        for name in _VIEWS:
             setattr(self, name, np.empty(0, np.uint32))
+
+
+_VIEWS: Final = (
+    *(
+        "generations",
+        "domains",
+        "measurers",
+        "copy_aborted",
+        "copy_front",
+        "fault",
+        "fault_reason",
+        "copy_mode",
+    ),
+    "copied",
+)
 
 
 class Claims:

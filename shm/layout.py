@@ -67,8 +67,13 @@ EPCM_ENTRY = Record(
         ("valid", "I", 16),  # VALID <=> generation != 0 and valid == generation
         # Written by the page's measurer, after its SMC result.
         ("released", "I", 20),  # WRLOCK <=> chunks != 0 and released != generation
+        # Written by the host before the launch is opened: where the page's bytes come from.
+        ("source", "Q", 24),  # see SOURCE_FILE and SOURCE_FILL
     ),
 )
+# A page's source: 0 (it stays zero), a page of the image's file, or a u32 to repeat.
+SOURCE_FILE: Final = 1 << 62  # | page number in the file
+SOURCE_FILL: Final = 1 << 63  # | the u32
 
 SMC_SIZE: Final = 4096
 SMC_MAGIC: Final = 0x31434D53424E5445  # "ETNBSMC1" read as u64, little-endian
@@ -116,7 +121,7 @@ SCHEME_SGX: Final = 0
 SCHEME_ENTURBO: Final = 1
 LAUNCH = Record(
     "launch",
-    128,
+    256,
     (
         # Claim range held: everything is stored before `generation`, which opens the launch.
         ("generation", "I", 0),  # 0: closed
@@ -127,14 +132,27 @@ LAUNCH = Record(
         ("page_count", "Q", 24),  # pages in the record stream
         ("size", "Q", 32),  # SECS.SIZE, bytes
         ("ssa_frame_size", "I", 40),  # pages
-        ("copy_mode", "I", 44),  # who copies; never changes within a launch
+        ("copy_mode", "I", 44),  # who copies, and when; never changes within a launch
+        ("source_fd", "I", 48),  # the host's descriptor of the image's file, or NO_SOURCE
         # Written by the host while the launch is open.
-        ("measurers", "I", 48),  # workers with a slot below this may claim
-        ("copy_aborted", "I", 52),  # = generation: the copy failed, wait for nothing
-        ("copy_front", "Q", 64),  # pages VALID so far (a hint: VALID itself stands in the EPCM)
-        # Written by any measurer: the result covers less than what was released.
-        ("fault", "I", 72),
+        ("measurers", "I", 52),  # workers with a slot below this may claim
+        ("copy_aborted", "I", 56),  # = generation: the copy failed, wait for nothing
+        ("copy_front", "Q", 64),  # pages VALID so far, where the host copies (a hint: see EPCM_ENTRY.valid)
+        # Written by any measurer, `fault` last: the launch must be rejected.
+        ("fault", "I", 72),  # = generation
+        ("fault_reason", "I", 76),
+        # Written by the holder of a pair's claim: rows copied (a hint: VALID itself stands in the EPCM).
+        ("copied", "64s", 128),  # MAX_PAIRS u32
     ),
 )
-COPY_BY_HOST: Final = 0
+COPY_BY_HOST: Final = 0  # the host, in ascending order
+COPY_FIRST: Final = 1  # holders of claims: everything is copied before it is measured
+COPY_FUSED: Final = 2  # holders of claims: each stripe directly before it is hashed
+SCRUB: Final = 3  # no launch: the pages of one that has ended are zeroed by holders of claims
+NO_SOURCE: Final = 0xFFFFFFFF
 HOST_WORKER: Final = 0xFFFFFFFF
+FAULT_SMC: Final = 1  # a result covers less than what was released
+FAULT_SOURCE: Final = 2  # the image's file ended before the image, or could not be read
+
+# One page behind the launch slots: what concerns the whole arena.
+ARENA = Record("arena", PAGE_SIZE, (("allocated", "Q", 0),))  # bytes of the EPC that may be touched

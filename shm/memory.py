@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
+
+import numpy as np
 
 from .epc import Epc
 from .epcm import Epcm
 from .launches import LaunchTable
-from .layout import EPCM_ENTRY, LAUNCH_SLOT_SIZE, PAGE_SIZE
+from .layout import ARENA, EPCM_ENTRY, LAUNCH_SLOT_SIZE, PAGE_SIZE
 from .segment import Segment
 
 DEFAULT_SLOTS: Final = 128
@@ -31,7 +33,25 @@ class Memory:
         self.epc_segment, self.epcm_segment, self.control_segment = epc, epcm, control
         self.epc = Epc(epc)
         self.epcm = Epcm(epcm.view, self.epc.page_count)
-        self.launches = LaunchTable(control.view, control.size // LAUNCH_SLOT_SIZE)
+        slots = control.size // LAUNCH_SLOT_SIZE  # the page behind them is less than one
+        self.launches = LaunchTable(control.view, slots)
+        at = slots * LAUNCH_SLOT_SIZE + ARENA.offset("allocated")
+        self._allocated: np.ndarray[Any, np.dtype[np.uint64]] = np.frombuffer(control.view, "<u8", 1, at)
+
+    @property
+    def epc_allocated(self) -> int:
+        """Bytes of the EPC, from its start, that any process may touch."""
+        return int(self._allocated[0])
+
+    def allocate_step(self) -> bool:
+        """The arena's owner: allocate the next stretch of the EPC and tell everybody; False when all is.
+
+        The number is stored after the pages are there, so whoever reads it may touch them. An owner that
+        dies in between leaves pages that nobody touches. Raises SharedMemoryFull.
+        """
+        more = self.epc_segment.allocate_step()
+        self._allocated[0] = self.epc_segment.allocated
+        return more
 
     @classmethod
     def create(cls, epc_pages: int, slots: int = DEFAULT_SLOTS) -> Self:
@@ -44,7 +64,7 @@ class Memory:
             for size, whole in (
                 (epc_pages * PAGE_SIZE, False),
                 (epc_pages * EPCM_ENTRY.size, True),
-                (slots * LAUNCH_SLOT_SIZE, True),
+                (slots * LAUNCH_SLOT_SIZE + ARENA.size, True),
             ):
                 made.append(Segment.create(size, allocate=whole))
             return cls(*made)
@@ -75,6 +95,7 @@ class Memory:
 
     def close(self) -> None:
         """Drop all views, then the mappings and descriptors."""
+        self._allocated = np.empty(0, np.uint64)
         self.launches.drop()
         self.epcm.close()
         self.epc.close()

@@ -6,12 +6,14 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from enturbo import EnclaveImage, Region, Runtime, SigningKey
+from enturbo.runtime.backing import pack
 
 
 def _descriptors() -> dict[int, str]:
@@ -77,6 +79,28 @@ def patterned(pages: int, seed: int = 1) -> bytes:
     """Bytes that repeat every 251, another phase a page, so that swapped pages and blocks differ."""
     cycle = bytes(range(251)) * 18
     return b"".join(cycle[(seed + 7 * page) % 251 :][:4096] for page in range(pages))
+
+
+@pytest.fixture
+def host_copies() -> Callable[[EnclaveImage], EnclaveImage]:
+    """The same image, with its pages in this process's memory alone: workers cannot copy them."""
+
+    def unback(image: EnclaveImage) -> EnclaveImage:
+        regions = [replace(region, file_page=None) for region in image.regions]
+        return EnclaveImage(regions, size=image.size, dynamic=image.dynamic)
+
+    return unback
+
+
+@pytest.fixture
+def all_copy() -> Callable[[EnclaveImage], EnclaveImage]:
+    """The same image, with its pages in a file that workers can read."""
+
+    def back(image: EnclaveImage) -> EnclaveImage:
+        regions, backing = pack(image.regions)
+        return EnclaveImage(regions, size=image.size, dynamic=image.dynamic, backing=backing)
+
+    return back
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import io
 import json
 import os
 import pty
+import resource
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,12 @@ import pytest
 
 from enturbo import EnclaveImage, SigningKey, __version__
 from enturbo.runtime.cli import main
+from enturbo.runtime.commands import measuring
+from enturbo.runtime.commands.examine import OPEN_FILES
+from enturbo.workers import crew
+from enturbo.workers.chains import ImageChain, advance
+from enturbo.workers.hash_numpy import NumpyHasher
+from enturbo.workers.sha256 import Hasher
 
 HANDLER = """
 import time
@@ -199,6 +206,90 @@ def test_measure_with_another_scheme_still_checks_the_signed_one(made: Files, en
     (other,) = enturbo("measure", "--json", made.signed).json
     assert (row["scheme"], row["match"]) == ("sgx", True)
     assert row["mrenclave"] != other["mrenclave"]
+
+
+def test_measure_takes_many_files(
+    make_image: Callable[..., EnclaveImage], key: SigningKey, tmp_path: Path, enturbo: Enturbo
+) -> None:
+    """Each row is about its file, whatever the sizes, schemes and signatures of the others."""
+    wanted = []
+    for number, (pages, heap) in enumerate([(900, 0), (3, 70_000), (0, 5), (600, 600), (40, 0)]):
+        image = make_image(pages, heap=heap, seed=number)
+        path = tmp_path / f"{number}.enclave"
+        image.save(path)
+        scheme = "enturbo"
+        if number % 2 == 0:
+            scheme = "sgx"
+            sigstruct = key.sign(image, scheme)
+            path.with_name(path.name + ".sig").write_bytes(sigstruct.encode())
+        digest = image.measure(scheme, hasher="reference").digest.hex()
+        wanted.append((str(path), scheme, digest, pages + heap, pages, True if scheme == "sgx" else None))
+    paths = [row[0] for row in wanted]
+    ran = enturbo("measure", "--json", *paths)
+    assert ran.code == 0
+    names = ("file", "scheme", "mrenclave", "pages_added", "pages_measured", "match")
+    assert [tuple(row[name] for name in names) for row in ran.json] == wanted
+    for scheme in ("sgx", "enturbo"):
+        rows = enturbo("measure", "--json", "--scheme", scheme, *paths).json
+        # The signed value is compared whatever is shown.
+        assert [row["match"] for row in rows] == [row[-1] for row in wanted]
+        assert [row["scheme"] for row in rows] == [scheme] * 5
+    text = enturbo("measure", *paths).out
+    places = [text.index(part) for row in wanted for part in (row[0], row[2])]
+    assert places == sorted(places)
+
+
+def test_measure_pairs_files_of_scheme_sgx(
+    made: Files, enturbo: Enturbo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images too small for threads, and a hasher that says it has two lanes."""
+    lanes = []
+
+    def noted(hasher: Hasher, chains: Sequence[ImageChain], size: float) -> None:
+        lanes.append(len(chains))
+        advance(hasher, chains, size)
+
+    class TwoLanes(NumpyHasher):
+        lanes = 2
+
+    monkeypatch.setattr(crew, "advance", noted)
+    monkeypatch.setattr(crew, "get_hasher", lambda name: TwoLanes())
+    one = enturbo("measure", "--json", "--scheme", "sgx", made.plain)
+    assert set(lanes) == {1}
+    lanes.clear()
+    two = enturbo("measure", "--json", "--scheme", "sgx", made.plain, made.plain)
+    assert set(lanes) == {2}
+    assert two.json == one.json * 2
+
+
+def test_measure_keeps_few_files_open(made: Files, enturbo: Enturbo) -> None:
+    """More files than a process may have descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 2 * OPEN_FILES + 32
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        ran = enturbo("measure", "--json", *[made.plain] * (3 * OPEN_FILES + 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ran.code == 0
+    assert ran.json == [ran.json[0]] * (3 * OPEN_FILES + 1)
+
+
+def test_measure_makes_a_step_a_file(
+    made: Files, tmp_path: Path, enturbo: Enturbo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a file that cannot be read, and for one that is measured by two schemes."""
+    steps = []
+
+    @contextlib.contextmanager
+    def counted(title: str, total: int) -> Iterator[Callable[[], None]]:
+        steps.append(total)
+        yield lambda: steps.append(1)
+
+    monkeypatch.setattr(measuring, "progress", counted)
+    files = [made.signed, tmp_path / "missing", made.plain]
+    assert enturbo("measure", "--scheme", "sgx", *files).code == 2
+    assert steps == [3, 1, 1, 1]
 
 
 def test_compare_has_the_five_combinations(made: Files, enturbo: Enturbo) -> None:
@@ -486,6 +577,9 @@ def test_schemes_that_cannot_be_signed(made: Files, tmp_path: Path, enturbo: Ent
     for option, value in (("--domains", 3), ("--domains", 64), ("--block", 2048)):
         ran = enturbo("sign", made.plain, "--key", made.key, option, value, "-o", output)
         ran.complains(2, "power of two", str(value))
+        for files in ([made.plain, made.signed], [tmp_path / "missing"]):  # before any file is read
+            ran = enturbo("measure", "--json", *files, "--scheme", "enturbo", option, value)
+            ran.complains(2, "power of two", str(value))
     assert not output.exists()
 
 

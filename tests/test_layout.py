@@ -28,6 +28,7 @@ PINNED: dict[str, tuple[layout.Record, np.dtype[Any] | None, int, dict[str, tupl
             "generation": (12, 4),
             "valid": (16, 4),
             "released": (20, 4),
+            "source": (24, 8),
         },
     ),
     "SMC_HEADER": (
@@ -59,7 +60,7 @@ PINNED: dict[str, tuple[layout.Record, np.dtype[Any] | None, int, dict[str, tupl
     "LAUNCH": (
         layout.LAUNCH,
         dtypes.LAUNCH_DTYPE,
-        128,
+        256,
         {
             "generation": (0, 4),
             "scheme": (4, 4),
@@ -70,13 +71,19 @@ PINNED: dict[str, tuple[layout.Record, np.dtype[Any] | None, int, dict[str, tupl
             "size": (32, 8),
             "ssa_frame_size": (40, 4),
             "copy_mode": (44, 4),
-            "measurers": (48, 4),
-            "copy_aborted": (52, 4),
+            "source_fd": (48, 4),
+            "measurers": (52, 4),
+            "copy_aborted": (56, 4),
             "copy_front": (64, 8),
             "fault": (72, 4),
+            "fault_reason": (76, 4),
+            "copied": (128, 64),
         },
     ),
+    "ARENA": (layout.ARENA, None, 4096, {"allocated": (0, 8)}),
 }
+
+BYTES = ("state", "copied")  # fields that are no integers
 
 CONSTANTS = {
     "PAGE_SIZE": 4096,
@@ -95,6 +102,14 @@ CONSTANTS = {
     "SCHEME_SGX": 0,
     "SCHEME_ENTURBO": 1,
     "COPY_BY_HOST": 0,
+    "COPY_FIRST": 1,
+    "COPY_FUSED": 2,
+    "SCRUB": 3,
+    "NO_SOURCE": 0xFFFFFFFF,
+    "SOURCE_FILE": 1 << 62,
+    "SOURCE_FILL": 1 << 63,
+    "FAULT_SMC": 1,
+    "FAULT_SOURCE": 2,
     "HOST_WORKER": 0xFFFFFFFF,
 }
 
@@ -112,7 +127,7 @@ def test_table_is_pinned(name: str) -> None:
 def test_integers_are_little_endian(name: str) -> None:
     record, _, _, fields = PINNED[name]
     for field, (_, size) in fields.items():
-        if field == "state":
+        if field in BYTES:
             continue
         low = record.struct(field).pack(1)
         assert low == b"\x01" + bytes(size - 1), field
@@ -126,7 +141,7 @@ def test_dtype_is_pinned(name: str) -> None:
     assert {key: (value[1], value[0].itemsize) for key, value in dtype.fields.items()} == fields
     assert dtype.itemsize == size
     for key, value in dtype.fields.items():
-        assert value[0].kind in ("SV" if key == "state" else "u"), key
+        assert value[0].kind in ("SV" if key in BYTES else "u"), key
 
 
 @pytest.mark.parametrize("name", [name for name, pinned in PINNED.items() if pinned[1] is not None])
@@ -137,7 +152,7 @@ def test_table_and_dtype_read_the_same_bytes(name: str) -> None:
     row = np.frombuffer(raw, dtype=dtype)[0]
     for field, (offset, _) in fields.items():
         (value,) = record.struct(field).unpack_from(raw, offset)
-        assert value == (row[field].tobytes() if field == "state" else row[field]), field
+        assert value == (row[field].tobytes() if field in BYTES else row[field]), field
 
 
 def test_every_table_is_pinned() -> None:

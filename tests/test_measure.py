@@ -22,8 +22,9 @@ from enturbo.shm.layout import COPY_BY_HOST, PAGE_SIZE, SCHEME_ENTURBO, SCHEME_S
 from enturbo.shm.memory import Memory
 from enturbo.workers import records
 from enturbo.workers.faults import POINTS
-from enturbo.workers.measure import Measurer, Outcome, block_totals, settled
+from enturbo.workers.measure import Measurer, settled
 from enturbo.workers.sha256 import get_hasher
+from enturbo.workers.view import Outcome, block_totals
 
 HASHERS = ("reference", "hashlib", "native")
 
@@ -39,7 +40,7 @@ class Bench:
         self.image = image
         self.pages = image.page_count
         self.memory = Memory.create(max(1, self.pages), 2)
-        while self.memory.epc_segment.allocate_step():
+        while self.memory.allocate_step():
             pass
         scheme, domains = (SCHEME_SGX, 1) if sgx else (SCHEME_ENTURBO, domains)
         self.launch = Launch(1, scheme, domains, block, 0, self.pages, image.size, 1, COPY_BY_HOST)

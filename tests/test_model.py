@@ -40,7 +40,7 @@ def test_the_steps_that_matter_are_named() -> None:
         "shm.smc.Smc.publish",
         "shm.smc.Smc.raise_released",
         "shm.epcm.Epcm.set_valid",
-        "shm.epcm.Epcm.release",
+        "shm.epcm.Epcm.release_rows",
         "runtime.arena.Arena.reclaim",
         "runtime.startup.Start.verify",
         "runtime.gate.Gate.writable",

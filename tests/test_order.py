@@ -20,14 +20,18 @@ import pytest
 
 from enturbo import EnclaveImage, EnclaveState, Region, Runtime, Timeline
 from enturbo.runtime.arena import Place
-from enturbo.runtime.startup import Piece, Start
-from enturbo.shm.epcm import Epcm
+from enturbo.runtime.startup import PREFERENCES, Piece, Start
+from enturbo.shm.epcm import Epcm, Rows
 from enturbo.shm.layout import PAGE_SIZE
 from enturbo.shm.smc import Smc
+from enturbo.workers import filling
+from enturbo.workers.copying import copy_into
 from enturbo.workers.measure import Measurer
 
 WAIT = 30.0  # seconds; a bound on every wait here, never a measure
 Function = Callable[..., EnclaveImage]
+Rework = Callable[[EnclaveImage], EnclaveImage]
+Slow = Callable[[random.Random], None]
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -122,36 +126,88 @@ def spots(chance: random.Random, size: int) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.fixture(params=["host", "start", "verified"])
+def slow_copier(
+    request: pytest.FixtureRequest, host_copies: Rework, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Runtime, Rework, Any, Slow]]:
+    """A runtime whose host copies all pages, in each of three ways, by a function that can be slowed.
+
+    (the runtime, what to do to an image, the preference to launch with, slow(chance)).
+    """
+    alone = request.param == "host"
+
+    def slow(chance: random.Random) -> None:
+        def halves(target: memoryview, source: memoryview) -> None:
+            # In two halves with a pause: a page that is VALID too early is seen half-copied.
+            if chance.random() < 0.5:
+                half = len(source) // 2
+                copy_into(target, source[:half])
+                time.sleep(chance.choice((0, 1e-3, 3e-3)))
+                copy_into(target[half:], source[half:])
+            else:
+                copy_into(target, source)
+
+        def rows(target: memoryview, source: memoryview, width: int, stride: int, count: int) -> None:
+            for at in range(0, count * stride, stride):
+                halves(target[at : at + width], source[at : at + width])
+
+        monkeypatch.setattr(runtime, "copy_bytes", halves)
+        monkeypatch.setattr(filling, "copy_into", halves)
+        monkeypatch.setattr(filling, "copy_rows", rows)
+
+    with Runtime(epc="24MiB", workers=2 if alone else 0) as runtime:
+        prefer = "start" if alone else request.param
+        yield runtime, host_copies if alone else lambda image: image, prefer, slow
+
+
 def test_early_reads_see_the_images_bytes(
-    runtime: Runtime, function: Function, monkeypatch: pytest.MonkeyPatch
+    slow_copier: tuple[Runtime, Rework, Any, Slow], function: Function
 ) -> None:
     """The copy is slowed down at random pages while the handler reads at random: never a byte too early."""
-    chance, copy = random.Random(7), runtime.copy_bytes
-
-    def slow(target: memoryview, source: memoryview) -> None:
-        # In two halves with a pause: a page that is VALID too early is seen half-copied.
-        if chance.random() < 0.5:
-            half = len(source) // 2
-            copy(target, source[:half])
-            time.sleep(chance.choice((0, 1e-3, 3e-3)))
-            copy(target[half:], source[half:])
-        else:
-            copy(target, source)
-
-    monkeypatch.setattr(runtime, "copy_bytes", slow)
+    runtime, rework, prefer, slow = slow_copier
+    chance = random.Random(7)
+    slow(chance)
     for number in range(12):
         content = noise(chance.choice((1, 30, 300, 900)), number)
-        image = function(READER, data=content)
-        with runtime.launch(image, expected=image.measure()) as enclave:
+        image = rework(function(READER, data=content))
+        expected = image.measure(domains=8, block=4)
+        with runtime.launch(image, expected=expected, prefer=prefer) as enclave:
             for _ in range(3):
                 event = spots(chance, len(content))
                 wanted = hashlib.sha256(b"".join(content[at : at + n] for at, n in event)).hexdigest()
                 assert enclave.call(event, timeout=WAIT) == wanted
-            assert enclave.wait_verified(WAIT) == image.measure().digest
+            assert enclave.wait_verified(WAIT) == expected.digest
+
+
+@pytest.mark.parametrize("prefer", ["start", "verified"])
+def test_early_reads_see_what_workers_copied(
+    function: Function, prefer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with two workers that copy, and rest before each stretch of bytes."""
+    monkeypatch.setenv("ENTURBO_FAULT", "filling=nap:0.001")
+    chance = random.Random(9)
+    with Runtime(epc="24MiB", workers=2) as runtime:
+        assert runtime.wait_workers(WAIT)
+        for number in range(8):
+            content = noise(chance.choice((300, 900, 1500)), number)
+            image = function(READER, data=content)
+            expected = image.measure(domains=8, block=4)
+            with runtime.launch(image, expected=expected, prefer=prefer) as enclave:
+                for _ in range(2):
+                    event = spots(chance, len(content))
+                    wanted = hashlib.sha256(b"".join(content[at : at + n] for at, n in event)).hexdigest()
+                    assert enclave.call(event, timeout=WAIT) == wanted
+                assert enclave.wait_verified(WAIT) == expected.digest
+                tracks = {span.track for span in enclave.timeline.spans if span.name == "copy"}
+                assert tracks & {"worker 0", "worker 1"}
 
 
 def test_reads_wait_for_their_own_page_alone(
-    runtime: Runtime, function: Function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime,
+    function: Function,
+    host_copies: Rework,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The copy stands still before the last MiB: the pages before it can be read, those of it cannot."""
     content = noise(1024, 3)
@@ -167,6 +223,7 @@ def handler(event, context):
 """,
         data=content,
     )
+    image = host_copies(image)
     mark, late = tmp_path / "mark", tmp_path / "late"
     copy, held = Start.copy, []
 
@@ -203,19 +260,59 @@ def test_pages_become_valid_after_their_bytes(
             assert int(runtime.memory.launches.copy_front[place.slot]) <= index
         set_valid(epcm, first, count, generation)
 
-    opened = Start.open
-
-    def noting(start: Start, measurers: int) -> None:
-        places.append(start.place)
-        opened(start, measurers)
-
     monkeypatch.setattr(Epcm, "set_valid", looking)
-    monkeypatch.setattr(Start, "open", noting)
+    note_places(monkeypatch, places)
     for startup in ("serial", "enturbo"):
         with runtime.launch(image, expected=image.measure(), startup=startup) as enclave:
             enclave.wait_verified(WAIT)
     assert len(seen) >= 4
     assert all(seen)
+
+
+@pytest.mark.parametrize("prefer", ["start", "verified"])
+def test_rows_become_valid_after_their_bytes_and_are_copied_once(
+    make_image: Callable[..., EnclaveImage], all_copy: Rework, prefer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same where holders of claims copy: every page once, in ascending order within its pair."""
+    image = all_copy(make_image(610))
+    content = bytes(image.regions[0].content or b"")
+    set_valid_rows = Epcm.set_valid_rows
+    places: list[Place] = []
+    copied: list[int] = []
+
+    def looking(epcm: Epcm, rows: Rows, start: int, end: int, generation: int) -> None:
+        for row in range(start, end):
+            first = rows.base + row * rows.stride + rows.column
+            pages = range(first, min(first + rows.width, rows.end))
+            for page in pages:
+                index = page - places[-1].first_page
+                there = bytes(epcm_runtime.memory.epc.pages(page, 1))
+                assert there == content[index * PAGE_SIZE : (index + 1) * PAGE_SIZE], index
+                assert not epcm.is_valid(page, generation), index
+                copied.append(index)
+        set_valid_rows(epcm, rows, start, end, generation)
+
+    monkeypatch.setattr(Epcm, "set_valid_rows", looking)
+    note_places(monkeypatch, places)
+    with Runtime(epc="4MiB", workers=0) as epcm_runtime:
+        expected = image.measure(domains=4, block=4)
+        with epcm_runtime.launch(image, expected=expected, prefer=prefer) as enclave:
+            assert enclave.wait_verified(WAIT) == expected.digest
+    assert sorted(copied) == list(range(610))
+    for pair in (0, 1):
+        of_pair = [index for index in copied if index // 8 % 2 == pair]
+        assert of_pair == sorted(of_pair)
+
+
+def note_places(monkeypatch: pytest.MonkeyPatch, places: list[Place]) -> None:
+    """Where each launch stands, as it is opened."""
+    opened = Start.open
+
+    def noting(start: Start, *args: Any, **options: Any) -> None:
+        places.append(start.place)
+        opened(start, *args, **options)
+
+    monkeypatch.setattr(Start, "open", noting)
 
 
 # ------------------------------------------------------------------------------------- R2: writes wait
@@ -250,12 +347,12 @@ class SlowCopy:
 
 @pytest.mark.parametrize("gate", ["write", "execute"])
 def test_early_writes_never_change_the_value(
-    function: Function, gate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: Function, host_copies: Rework, gate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler overwrites all of its measured data as early as its gate lets it: always the same value.
 
-    Sizes, D, B, schemes, strides and pauses differ. A page that is written before it is measured is hashed
-    with what was written.
+    Sizes, D, B, schemes, strides, copiers and pauses differ. A page that is written before it is measured is
+    hashed with what was written.
     """
     chance = random.Random(11)
     images = [function(WRITER, data=noise(pages, pages)) for pages in (2, 17, 100, 400, 1500)]
@@ -265,13 +362,16 @@ def test_early_writes_never_change_the_value(
         monkeypatch.setattr(runtime, "copy_bytes", slow)
         for number in range(60 if gate == "write" else 15):
             image = chance.choice(images)
+            if by_host := chance.random() < 0.5:
+                image = host_copies(image)
             scheme = chance.choice(("enturbo", "enturbo", "sgx"))
             domains, block = chance.choice((1, 2, 8, 32)), chance.choice((1, 4, 16))
             expected = image.measure(scheme, domains=domains, block=block)
             mark = tmp_path / f"mark{number}"
-            if gate == "write":  # otherwise the handler waits for pages that are measured with its data
-                slow.mark = mark
-            with runtime.launch(image, expected=expected) as enclave:
+            # Otherwise the handler waits for pages that are measured with its data.
+            slow.mark = mark if gate == "write" and by_host else None
+            prefer = chance.choice(PREFERENCES)
+            with runtime.launch(image, expected=expected, prefer=prefer) as enclave:
                 future = enclave.submit([number, chance.choice((512, 4096, 5000, 1 << 16)), str(mark)])
                 assert enclave.wait_verified(WAIT) == expected.digest
                 assert future.result(WAIT) == bytes([number % 255 + 1])
@@ -287,7 +387,7 @@ def test_result_then_blocks_released_then_pages(
     image = make_image(300)
     order: list[str] = []
     places: list[Place] = []
-    publish, raise_released, release = Smc.publish, Smc.raise_released, Epcm.release
+    publish, raise_released, release = Smc.publish, Smc.raise_released, Epcm.release_rows
 
     def released(domain: int, blocks: range) -> bool:
         """Is a page of these blocks released?"""
@@ -308,24 +408,19 @@ def test_result_then_blocks_released_then_pages(
         order.append("blocks")
         raise_released(smc, domain, blocks, *args)
 
-    def releasing(epcm: Epcm, first: int, count: int, generation: int) -> None:
-        domain, block = (first - places[-1].first_page) // 4 % 8, (first - places[-1].first_page) // 32
-        assert runtime.memory.launches.smc(places[-1].slot).blocks_released(domain) > block
+    def releasing(epcm: Epcm, rows: Rows, start: int, end: int, generation: int) -> None:
+        assert (rows.base, rows.width) == (places[-1].first_page, 4)
+        assert runtime.memory.launches.smc(places[-1].slot).blocks_released(rows.column // 4) >= end
         order.append("pages")
-        release(epcm, first, count, generation)
+        release(epcm, rows, start, end, generation)
 
-    opened = Start.open
-
-    def noting(start: Start, measurers: int) -> None:
-        places.append(start.place)
-        opened(start, measurers)
+    note_places(monkeypatch, places)
 
     with Runtime(epc="2MiB", workers=0, hasher=hasher) as runtime:
         for target, name, function in (
             (Smc, "publish", publishing),
             (Smc, "raise_released", raising),
-            (Epcm, "release", releasing),
-            (Start, "open", noting),
+            (Epcm, "release_rows", releasing),
         ):
             monkeypatch.setattr(target, name, function)
         for startup in ("serial", "enturbo"):
@@ -431,17 +526,19 @@ def test_execute_uses_no_byte_before_its_page_is_released(
     The host measures alone and notes the time *before* each release, so a stamp may never be earlier.
     """
     chance = random.Random(3)
-    release = Epcm.release
+    release = Epcm.release_rows
     released: dict[tuple[int, int], int] = {}
 
-    def slow(epcm: Epcm, first: int, count: int, generation: int) -> None:
+    def slow(epcm: Epcm, rows: Rows, start: int, end: int, generation: int) -> None:
         time.sleep(chance.choice((0, 0, 1e-3, 4e-3)))
         moment = time.monotonic_ns()
-        for page in range(first, first + count):
-            released.setdefault((generation, page), moment)
-        release(epcm, first, count, generation)
+        for row in range(start, end):
+            first = rows.base + row * rows.stride + rows.column
+            for page in range(first, min(first + rows.width, rows.end)):
+                released.setdefault((generation, page), moment)
+        release(epcm, rows, start, end, generation)
 
-    monkeypatch.setattr(Epcm, "release", slow)
+    monkeypatch.setattr(Epcm, "release_rows", slow)
     monkeypatch.setattr(strict, "workers", 0)
     for number in range(10):
         names = [f"file{n}.bin" for n in range(chance.randrange(1, 6))]

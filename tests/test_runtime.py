@@ -667,7 +667,7 @@ def test_closing_while_others_launch(make_image: MakeImage, function: Function) 
 
 
 def test_nobody_waits_for_a_page_longer_than_the_gate_timeout(
-    function: Function, monkeypatch: pytest.MonkeyPatch
+    function: Function, host_copies: Callable[[EnclaveImage], EnclaveImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy that is held up: the handler's own access fails with GateTimeout, and it may go on from that."""
     image = function(
@@ -678,7 +678,7 @@ def test_nobody_waits_for_a_page_longer_than_the_gate_timeout(
         "        return f'{type(error).__name__}: {error}'\n",
         data=64 * PAGE_SIZE,
     )
-    go = threading.Event()
+    image, go = host_copies(image), threading.Event()
     with Runtime(epc="4MiB", workers=0, gate_timeout=0.1) as runtime:
         set_valid = runtime.memory.epcm.set_valid
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from enturbo import EPCExhausted, SharedMemoryFull
 from enturbo.shm import layout
 from enturbo.shm.epc import Extents
+from enturbo.shm.epcm import Rows
 from enturbo.shm.launches import Claims, Launch, holds_claim
 from enturbo.shm.memory import Memory
 from enturbo.shm.segment import Segment, room
@@ -23,7 +24,7 @@ from enturbo.shm.segment import Segment, room
 @pytest.fixture
 def memory() -> Iterator[Memory]:
     memory = Memory.create(64, 4)
-    while memory.epc_segment.allocate_step():
+    while memory.allocate_step():
         pass
     yield memory
     memory.close()
@@ -138,7 +139,7 @@ def test_epcm_valid_needs_an_owner(memory: Memory) -> None:
     assert not epcm.is_valid(4, 5)
     assert not epcm.is_valid(3, 6)
     assert not epcm.is_released(3, 5)
-    epcm.release(3, 1, 5)
+    epcm.release_rows(Rows(0, 8, 3, 1, 8, 64), 0, 1, 5)
     assert epcm.is_released(3, 5)
     raw = bytes(epcm.buffer[3 * 32 : 4 * 32])
     assert struct.unpack_from("<HHB", raw) == (0x203, 0xFFFF, 0)

@@ -372,6 +372,35 @@ static PyObject *py_copy_nt(PyObject *Py_UNUSED(module), PyObject *args)
     return result;
 }
 
+/* copy_rows_nt(dst, src, width, stride, rows): `rows` pieces of `width` bytes, `stride` apart in both. */
+static PyObject *py_copy_rows_nt(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    Py_buffer to, from;
+    Py_ssize_t width, stride, rows;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "w*y*nnn:copy_rows_nt", &to, &from, &width, &stride, &rows))
+        return NULL;
+    const uint8_t *source = from.buf;
+    uint8_t *target = to.buf;
+    Py_ssize_t shorter = to.len < from.len ? to.len : from.len;
+    if (width < 0 || stride < width || rows < 0 ||
+        (rows && (width > shorter || (stride && rows - 1 > (shorter - width) / stride)))) {
+        PyErr_Format(PyExc_ValueError, "%zd pieces of %zd bytes, %zd apart, do not lie in %zd bytes", rows, width,
+                     stride, shorter);
+    } else if (source < target + to.len && target < source + from.len) {
+        PyErr_SetString(PyExc_ValueError, "source and target overlap");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t row = 0; row < rows; row++)
+            copy_nt(target + row * stride, source + row * stride, (size_t)width);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&from);
+    return result;
+}
+
 static PyObject *py_zero_nt(PyObject *Py_UNUSED(module), PyObject *args)
 {
     Py_buffer to;
@@ -419,6 +448,8 @@ static PyMethodDef module_methods[] = {
     {"extend", extend, METH_VARARGS, "extend(chains, spans): append the records of spans[i] to chains[i]."},
     {"extend_eadd", extend_eadd, METH_VARARGS, "extend_eadd(chains, spans): the same for EADD-only spans."},
     {"copy_nt", py_copy_nt, METH_VARARGS, "copy_nt(dst, src): copy past the caches, then sfence."},
+    {"copy_rows_nt", py_copy_rows_nt, METH_VARARGS,
+     "copy_rows_nt(dst, src, width, stride, rows): copy pieces that stand at the same stride in both."},
     {"zero_nt", py_zero_nt, METH_VARARGS, "zero_nt(dst): zero past the caches, then sfence."},
     {NULL, NULL, 0, NULL},
 };

@@ -25,7 +25,7 @@ from typing import Final
 from ..shm.launches import holds_claim
 from ..shm.memory import Memory
 from .bootstrap import child_command
-from .protocol import NEWS_SIZE, READY, News, decode
+from .protocol import NEWS_SIZE, READY, WARM, News, decode
 
 log = logging.getLogger("enturbo.pool")
 
@@ -45,6 +45,7 @@ class _Worker:
         self.process, self.bell = process, bell
         self.pidfd = os.pidfd_open(process.pid)
         self.ready = False
+        self.warm = False
 
     def close(self) -> None:
         self.bell.close()
@@ -103,14 +104,27 @@ class Pool:
             return sum(worker.ready for worker in self._workers.values())
 
     @property
+    def warm(self) -> int:
+        """Workers that have the whole EPC in their page tables."""
+        with self._lock:
+            return sum(worker.warm for worker in self._workers.values())
+
+    @property
     def broken(self) -> bool:
         """No worker could boot, so no more are started; the host measures alone."""
         return self._boot_failures >= BOOT_FAILURES
 
     def wait_ready(self, timeout: float) -> bool:
         """Wait until all workers have reported; False past ``timeout`` seconds."""
+        return self._wait_for(lambda: self.ready, timeout)
+
+    def wait_warm(self, timeout: float) -> bool:
+        """Wait until all workers have mapped the whole EPC; False past ``timeout`` seconds."""
+        return self._wait_for(lambda: self.warm, timeout)
+
+    def _wait_for(self, count: Callable[[], int], timeout: float) -> bool:
         deadline = time.monotonic() + timeout
-        while self.ready < self.count:
+        while count() < self.count:
             if time.monotonic() > deadline or self.broken or self._closing.is_set():
                 return False
             time.sleep(0.002)
@@ -188,6 +202,8 @@ class Pool:
             if news.kind == READY:
                 worker.ready = True
                 self._boot_failures = 0
+            elif news.kind == WARM:
+                worker.warm = True
             else:
                 self._on_news(worker.index, news)
 
@@ -213,7 +229,7 @@ class Pool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = self._memory.fds()
         self._incarnations += 1
-        numbers = (theirs.fileno(), self._host_pidfd, index, self._incarnations, *fds)
+        numbers = (theirs.fileno(), os.getpid(), self._host_pidfd, index, self._incarnations, *fds)
         try:
             argv, env = child_command("enturbo.workers.worker", [*map(str, numbers), self._hasher], PACKAGES)
             process = subprocess.Popen(

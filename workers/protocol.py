@@ -1,8 +1,8 @@
 """The messages between the pool and its workers: fixed-size records on one socket pair a worker.
 
-Host to worker: one byte, "look at the launch table". It carries no work, so losing it loses nothing.
-Worker to host: ``READY`` once, and ``SPAN`` after measuring. They are news for timelines and wake-ups;
-what counts stands in shared memory.
+Host to worker: one byte, "look at the launch table". It carries no work, so losing it loses nothing. Worker
+to host: ``READY`` once, ``WARM`` once, ``SPAN`` after measuring, ``COPIED`` after copying, ``SCRUBBED`` when
+it finds a scrubbing complete. They are news for timelines and wake-ups; what counts stands in shared memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Final, NamedTuple
 
 READY: Final = 1
 SPAN: Final = 2
+COPIED: Final = 3
+WARM: Final = 4  # the worker has the whole EPC in its page tables
+SCRUBBED: Final = 5
 _NEWS = struct.Struct("<IIIIQQI4x")
 
 

@@ -1,8 +1,9 @@
 """The worker process: sleep on the doorbell, look at the launch table, measure what is open.
 
-A worker is persistent and serves all launches of a runtime, oldest first. It ends when its socket closes
-(the pool's end is its lifeline) or when the host's pidfd becomes readable: a forked child of the host may
-keep the socket open, but not the host alive.
+A worker is persistent and serves all launches of a runtime, oldest first. What it does when none has work for
+it, in this order: scrub pages of launches that have ended, map the rest of the EPC, sleep. It ends when its
+socket closes (the pool's end is its lifeline) or when the host's pidfd becomes readable: a forked child of
+the host may keep the socket open, but not the host alive.
 """
 
 from __future__ import annotations
@@ -16,40 +17,56 @@ import time
 from typing import Final
 
 from ..shm.launches import Claims
+from ..shm.layout import SCRUB
+from ..shm.mapping import populate
 from ..shm.memory import Memory, MemoryFds
 from . import faults
-from .measure import Measurer, Outcome
-from .protocol import READY, SPAN, News
+from .measure import Measurer, Partners
+from .protocol import READY, SCRUBBED, WARM, News
 from .sha256 import get_hasher
+from .view import Outcome
 
 SPIN_NS: Final = 60_000  # look again at once for this long before sleeping
 NAP_MS: Final = 1  # while the copy is under way
 BUSY_MS: Final = 50  # while others hold all that is left; the host rings when one of them dies
 CHECK_EVERY: Final = 16  # stripes between looks at lifeline and doorbell
+IDLE_MS: Final = 5_000  # then files that no launch uses any more are closed, once
+MERGE_NS: Final = 2_000_000  # stripes that are nearer than this are one span
+POPULATE_STEP: Final = 8 << 20  # bytes of the EPC mapped between looks; 2 ms at 4 KiB a page
 
 
 class Worker:
     """One worker's state: its memory, its measurer, its end of the doorbell."""
 
     def __init__(
-        self, bell: socket.socket, host_pidfd: int, memory: Memory, hasher: str, index: int, incarnation: int
+        self,
+        bell: socket.socket,
+        host: int,
+        host_pidfd: int,
+        memory: Memory,
+        hasher: str,
+        index: int,
+        incarnation: int,
     ):
         self.bell, self.memory, self.index = bell, memory, index
         bell.setblocking(False)
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
         self._poll.register(host_pidfd, select.POLLIN)
-        self._bell_fd, self._pidfd = bell.fileno(), host_pidfd
+        self._pidfd = host_pidfd
         self.measurer = Measurer(
             memory,
             Claims(memory.control_segment.fd),
             get_hasher(hasher),
             worker=index,
             incarnation=incarnation,
+            host=host,
             on_span=self._report,
             fault=faults.from_environment(),
         )
-        self._span: News | None = None
+        self._spans: dict[int, News] = {}  # not sent yet, by kind
+        self._mapped = 0  # bytes of the EPC that are in this process's page tables
+        self._trimmed = True
 
     def run(self) -> None:
         """Until the host is gone."""
@@ -60,12 +77,15 @@ class Worker:
             if outcome is Outcome.WORKED:
                 last_work = time.monotonic_ns()
                 timeout: int | None = 0
+                self._trimmed = False
             elif outcome is Outcome.WAITING:
                 timeout = 0 if time.monotonic_ns() - last_work < SPIN_NS else NAP_MS
+            elif self._map_more():
+                timeout = 0
             elif outcome is Outcome.BUSY:
                 timeout = BUSY_MS
             else:
-                timeout = None
+                timeout = None if self._trimmed else IDLE_MS
             if outcome is not Outcome.WORKED:
                 self._flush()
             if not self._wait(timeout):
@@ -73,13 +93,29 @@ class Worker:
 
     def _round(self) -> Outcome:
         """One look at all open launches; FINISHED when nothing is left to do anywhere."""
-        state = Outcome.FINISHED
         table = self.memory.launches
-        for generation, slot in table.open_slots():
-            if self.index >= int(table.measurers[slot]):
-                continue
-            for _ in range(CHECK_EVERY):
+        launches = table.open_slots(self.index)
+        scrubs = [each for each in launches if int(table.copy_mode[each[1]]) == SCRUB]
+        state = Outcome.FINISHED
+        if len(scrubs) < len(launches):
+            state = self._serve([each for each in launches if each not in scrubs])
+        # Scrubbing is for when nothing waits for its start; who needs the pages sooner scrubs them itself.
+        if state in (Outcome.FINISHED, Outcome.BUSY):
+            for generation, slot in scrubs:
                 outcome = self.measurer.step(slot, generation)
+                if outcome is Outcome.WORKED:
+                    return outcome
+                if outcome is Outcome.FINISHED:
+                    self._send(News(SCRUBBED, slot, generation, 0, 0, 0, 1))
+        return state
+
+    def _serve(self, launches: Partners) -> Outcome:
+        """Work on the oldest launch that has work; what that came to, or the most hopeful of all."""
+        state = Outcome.FINISHED
+        for position, (generation, slot) in enumerate(launches):
+            partners = self._partners(launches, position)
+            for _ in range(CHECK_EVERY):
+                outcome = self.measurer.step(slot, generation, partners)
                 if outcome is not Outcome.WORKED:
                     break
             if outcome is Outcome.WORKED:
@@ -88,9 +124,39 @@ class Worker:
                 state = outcome
         return state
 
+    def _partners(self, launches: Partners, position: int) -> Partners:
+        """Younger launches of one chain each, where there are more of these than workers: a chain alone on a
+        core is faster than two in lanes, but two in lanes are faster than two in turn."""
+        table = self.memory.launches
+        slot = launches[position][1]
+        if int(table.domains[slot]) > 1 or len(launches) - position < 2:
+            return ()
+        chains = [each for each in launches if int(table.domains[each[1]]) == 1]
+        if len(chains) <= int(table.measurers[slot]):
+            return ()
+        return [each for each in launches[position + 1 :] if each in chains]
+
+    def _map_more(self) -> bool:
+        """Have a further piece of the EPC in the page tables, so that no launch waits for that."""
+        size, allocated = self.memory.epc_segment.size, self.memory.epc_allocated
+        length = min(POPULATE_STEP, allocated - self._mapped)
+        if length <= 0:
+            return False
+        if not populate(self.memory.epc_segment.view[self._mapped : self._mapped + length]):
+            self._mapped = size  # this kernel does not do it: pages come as they are touched
+        else:
+            self._mapped += length
+        if self._mapped == size:
+            self._send(News(WARM, 0, 0, 0, 0, 0, 0))
+        return True
+
     def _wait(self, timeout: int | None) -> bool:
         """Wait for a ring, at most ``timeout`` ms; False when the host is gone."""
-        for fd, _ in self._poll.poll(timeout):
+        ready = self._poll.poll(timeout)
+        if not ready and timeout == IDLE_MS:
+            self.measurer.forget()
+            self._trimmed = True
+        for fd, _ in ready:
             if fd == self._pidfd:
                 return False
             try:
@@ -102,22 +168,26 @@ class Worker:
                 return False
         return True
 
-    def _report(self, slot: int, generation: int, pages: int, start: int, end: int, finished: bool) -> None:
-        """Merge stripes that follow one another into one span, send it when it ends or a pair is done."""
-        span = self._span
-        if span is not None and (span.generation != generation or start - span.end > 1_000_000):
+    def _report(
+        self, kind: int, slot: int, generation: int, pages: int, start: int, end: int, finished: bool
+    ) -> None:
+        """Merge stripes of a kind that follow one another into one span; tell when it ends or a pair is done.
+
+        Each message wakes the host, which costs a measurer on the same core a twentieth of a stripe.
+        """
+        span = self._spans.get(kind)
+        if span is not None and (span.generation != generation or start - span.end > MERGE_NS):
             self._flush()
             span = None
         if span is not None:
             pages, start = span.pages + pages, span.start
-        self._span = News(SPAN, slot, generation, pages, start, end, int(finished))
+        self._spans[kind] = News(kind, slot, generation, pages, start, end, int(finished))
         if finished:
             self._flush()
 
     def _flush(self) -> None:
-        span, self._span = self._span, None
-        if span is not None:
-            self._send(span)
+        for kind in list(self._spans):
+            self._send(self._spans.pop(kind))
 
     def _send(self, news: News) -> None:
         # A full or closed socket loses news, never work; a closed one ends us at the next wait.
@@ -126,13 +196,13 @@ class Worker:
 
 
 def main(*arguments: str) -> None:
-    """Entry point of the process: descriptors and sizes as decimal arguments."""
+    """Entry point of the process: numbers as decimal arguments, then the hasher's name."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the host's to handle
-    bell_fd, pidfd, index, incarnation, *fds = (int(text) for text in arguments[:-1])
+    bell_fd, host, pidfd, index, incarnation, *fds = (int(text) for text in arguments[:-1])
     for fd in (bell_fd, pidfd, *fds[::2]):
         os.set_inheritable(fd, False)
     memory = Memory.attach(MemoryFds(*fds))
     with socket.socket(fileno=bell_fd) as bell:
-        Worker(bell, pidfd, memory, arguments[-1], index, incarnation).run()
+        Worker(bell, host, pidfd, memory, arguments[-1], index, incarnation).run()
     # Nothing to clean up that the kernel does not: claims, mappings and descriptors die with the process.
     os._exit(0)

@@ -76,6 +76,19 @@ QUICK: Final = (
     Row("holds", "workers copy, 1 x 2 domains, 1 block", "-DWORKER_COPY=1 -DABORTS=1", "nothing"),
     Row("holds", "... 2 blocks", "-DWORKER_COPY=1 -DBLOCKS=2", "nothing"),
     Row("holds", "... 2 x 1 domains", "-DWORKER_COPY=1 -DPAIRS=2 -DPER_PAIR=1 -DSTOPS=1", "nothing"),
+    Row("holds", "workers copy first, 1 x 2 domains", "-DWORKER_COPY=2 -DSTOPS=1", "nothing"),
+    Row(
+        "holds",
+        "... 1 x 1 domains, 2 blocks",
+        "-DWORKER_COPY=2 -DPER_PAIR=1 -DBLOCKS=2 -DABORTS=1",
+        "nothing",
+    ),
+    Row(
+        "holds",
+        "workers scrub, 1 x 1 domains",
+        "-DWORKER_SCRUB=1 -DPER_PAIR=1 -DSTOPS=1 -DABORTS=1",
+        "nothing",
+    ),
     Row("ends", "no run is endless", "-DPER_PAIR=1 -DBLOCKS=2 -DABORTS=1", "no cycle"),
     Row("ends", "... 2 x 1 domains", "-DPAIRS=2 -DPER_PAIR=1 -DCRASHES=0 -DSTOPS=1", "no cycle"),
 )
@@ -90,7 +103,16 @@ LARGE: Final = (
     Row("holds", "... abort", "-DPAIRS=2 -DABORTS=1", "nothing"),
     Row("holds", "workers copy, 2 blocks", "-DWORKER_COPY=1 -DBLOCKS=2 -DSTOPS=1 -DABORTS=1", "nothing"),
     Row("holds", "... 2 x 1 domains", "-DWORKER_COPY=1 -DPAIRS=2 -DPER_PAIR=1 -DBLOCKS=2", "nothing"),
+    Row("holds", "workers copy first, 2 blocks", "-DWORKER_COPY=2 -DBLOCKS=2 -DABORTS=1", "nothing"),
+    Row("holds", "... 2 x 1 domains", "-DWORKER_COPY=2 -DPAIRS=2 -DPER_PAIR=1", "nothing"),
+    Row("holds", "workers scrub, 1 x 2 domains", "-DWORKER_SCRUB=1 -DABORTS=1", "nothing"),
     Row("ends", "no run is endless", "-DPER_PAIR=1 -DBLOCKS=2 -DSTOPS=1 -DABORTS=1", "no cycle"),
+    Row(
+        "ends",
+        "... workers copy first and scrub",
+        "-DWORKER_COPY=2 -DWORKER_SCRUB=1 -DPER_PAIR=1 -DBLOCKS=2",
+        "no cycle",
+    ),
     Row("ends", "... workers copy", "-DWORKER_COPY=1 -DPER_PAIR=1 -DBLOCKS=2 -DABORTS=1", "no cycle"),
 )
 
@@ -110,6 +132,7 @@ REACHED: Final = tuple(
         ("closing meets a claim", "-DABORTS=1", "NO_CAUGHT"),
         ("a tampered enclave heals a released page", "", "NO_HEAL"),
         ("a page is copied again", "-DWORKER_COPY=1", "NO_RECOPY"),
+        ("... by who copies first", "-DWORKER_COPY=2", "NO_RECOPY"),
     )
 )
 

@@ -34,7 +34,11 @@
 #define ABORTS 0                /* launches given up by the host: failed copy, close() before the verdict */
 #endif
 #ifndef WORKER_COPY
-#define WORKER_COPY 0           /* copy mode: 0 the host copies, 1 the holder of the claim */
+#define WORKER_COPY 0           /* copy mode: 0 the host copies; the holder of the claim 1 each page before it
+                                   is hashed, 2 all pages of the pair before any is */
+#endif
+#ifndef WORKER_SCRUB
+#define WORKER_SCRUB 0          /* pages are scrubbed: 0 by the host under the range, 1 by holders of claims */
 #endif
 
 #define DOMAINS (PAIRS * PER_PAIR)
@@ -58,7 +62,8 @@
 #define STALE     128   /* no measurer stores anything for a launch whose slot and pages are taken back */
 #define ZEROED    256   /* a heap page is zero when it becomes VALID, and when it is first read */
 #define OWN       512   /* an enclave writes to its own pages only */
-#define ALL_PROPS 1023
+#define COPIED    4194304       /* a page that is VALID is not copied again */
+#define ALL_PROPS 4195327
 /* Reachability: "this never happens", each must be refuted, or the model proves nothing. */
 #define NO_VERIFIED   1024
 #define NO_REJECTED   2048
@@ -95,10 +100,23 @@ byte claim[PAIRS];              /* OFD locks: FREE, HOST, or worker + 1 */
 byte blocks_released[DOMAINS];  /* SMC progress */
 byte body[DOMAINS * 2];         /* SMC results, copy A at 2d and B at 2d + 1: state, */
 byte seq[DOMAINS * 2];          /*   blocks included + 1 (0: never written), */
+#if WORKER_COPY == 2
+byte copied[PAIRS];             /* launch table: pages of the pair copied, a hint */
+#endif
+#if WORKER_SCRUB
+byte cleaned[PAIRS];            /* the same field while slot and pages belong to a scrubbing */
+#endif
 short sum[DOMAINS * 2];         /*   checksum over both, seeded with a generation */
 
 #define FREE 0
 #define HOST 9
+#define SCRUB_GEN 3             /* the generation of a scrubbing; which launch it follows is of no account */
+
+/* The k-th page of pair p, rows ascending; the heap page is scrubbed with the last pair. */
+#define PAIR_PAGES     (PER_PAIR * BLOCKS)
+#define of_pair(p, k)  ((k) == PAIR_PAGES -> HEAP : page((p) * PER_PAIR + (k) % PER_PAIR, (k) / PER_PAIR))
+#define to_clean(p)    (PAIR_PAGES + ((p) == PAIRS - 1 -> 1 : 0))
+#define all_cleaned    (cleaned[0] == to_clean(0) && cleaned[PAIRS - 1] == to_clean(PAIRS - 1))
 
 /* A digest is the sequence of what was hashed: two bits a block, in order. */
 #ifdef M_SEED
@@ -236,6 +254,11 @@ end:
 #define A_FREE   15
 #define GIVING   16
 #define STOPPED  17     /* for good, with the claim */
+#define F_COPY   18     /* fill: bytes, VALID, hint */
+#define F_VALID  19
+#define F_MARK   20
+#define S_ZERO   21     /* scrub: zeros, count */
+#define S_MARK   22
 
 byte pc[2];
 byte gen[2];            /* the generation that it works for */
@@ -243,6 +266,9 @@ byte pair[2];
 byte i[2];              /* which domain of the pair */
 byte n[2 * PER_PAIR];   /* its midstate per domain: blocks included, */
 byte mid[2 * PER_PAIR]; /*   and the state */
+#if WORKER_COPY == 2
+byte at[2];             /* which page of the pair it fills */
+#endif
 byte moved[2];          /* bit i: domain i got a block that is not released yet; DONE_ONE: none, and one block is done */
 #define DONE_ONE 4
 
@@ -285,6 +311,9 @@ byte moved[2];          /* bit i: domain i got a block that is not released yet;
 
 inline clear_midstates(w)
 {
+#if WORKER_COPY == 2
+    at[w] = 0;
+#endif
     i[w] = 0;
     moved[w] = 0;
     n[(w) * PER_PAIR] = 0;
@@ -412,19 +441,37 @@ inline stored(w, this, then)
     fi
 }
 
+#if WORKER_COPY == 2
+#define TAKE pc[w] = (copied[pair[w]] < PAIR_PAGES -> F_COPY : T_READ)
+#else
+#define TAKE pc[w] = T_READ
+#endif
+#if WORKER_SCRUB
+#define DIRTY_LEFT && (slot != SCRUB_GEN || !all_cleaned)
+#define CLEANING(p) && (gen[w] != SCRUB_GEN || cleaned[p] < to_clean(p))
+#else
+#define DIRTY_LEFT
+#define CLEANING(p)
+#endif
+
 proctype Worker(byte w)
 {
 end:
     do
+#if WORKER_SCRUB
+    /* The others have done what this one came for. */
+    :: d_step { pc[w] == CLAIMING && gen[w] == SCRUB_GEN && all_cleaned ->
+        gen[w] = 0; pc[w] = IDLE }                                      // workers.filling.Filler.step
+#endif
     /* Which launch has work: an unsynchronised look, it may be old when the claim is there. */
-    :: d_step { pc[w] == IDLE && slot != 0 && fault != slot && (!finished(0, slot) || !finished(PAIRS - 1, slot)) ->
+    :: d_step { pc[w] == IDLE && slot != 0 && fault != slot && (!finished(0, slot) || !finished(PAIRS - 1, slot)) DIRTY_LEFT ->
         gen[w] = slot; pc[w] = CLAIMING }                               // workers.measure.Measurer.step
     :: d_step { pc[w] == CLAIMING && slot != gen[w] ->
         gen[w] = 0; pc[w] = IDLE }                                      // workers.measure.Measurer.step
-    :: d_step { pc[w] == CLAIMING && claim[0] == FREE && fault != gen[w] && !finished(0, gen[w]) ->
+    :: d_step { pc[w] == CLAIMING && claim[0] == FREE && fault != gen[w] && !finished(0, gen[w]) CLEANING(0) ->
         claim[0] = w + 1; pair[w] = 0; pc[w] = CHECKING }               // shm.launches.Claims.claim
 #if PAIRS > 1
-    :: d_step { pc[w] == CLAIMING && claim[1] == FREE && fault != gen[w] && !finished(1, gen[w]) ->
+    :: d_step { pc[w] == CLAIMING && claim[1] == FREE && fault != gen[w] && !finished(1, gen[w]) CLEANING(1) ->
         claim[1] = w + 1; pair[w] = 1; pc[w] = CHECKING }               // shm.launches.Claims.claim
 #endif
     :: d_step { pc[w] == CHECKING ->                                    // workers.measure.Measurer.step
@@ -432,8 +479,63 @@ end:
 #ifndef M_GENERATION_CHECK
         :: slot != gen[w] -> CHECK(NO_LATE, false); pc[w] = GIVING
 #endif
-        :: else -> pc[w] = T_READ
+        :: else ->
+#if WORKER_SCRUB
+            if
+            :: gen[w] == SCRUB_GEN -> pc[w] = S_ZERO
+            :: else -> TAKE
+            fi
+#else
+            TAKE
+#endif
         fi }
+
+#if WORKER_COPY == 2
+    /* Filling, one page a claim. Only the holder fills pages of the pair, so looking for the first that is not
+     * VALID is one step. */
+    :: d_step { pc[w] == F_COPY ->                                      // workers.filling.Filler.fill
+        CHECK(STALE, holder == gen[w]);
+        k_ = copied[pair[w]];
+#ifndef M_RECOPY
+        do
+        :: k_ < PAIR_PAGES && valid[of_pair(pair[w], k_)] == gen[w] -> k_++
+        :: else -> break
+        od;
+#endif
+        at[w] = k_;
+        if
+        :: k_ < PAIR_PAGES ->
+            CHECK(COPIED, valid[of_pair(pair[w], k_)] != gen[w]);
+            CHECK(NO_RECOPY, content[of_pair(pair[w], k_)] == ZERO);
+            content[of_pair(pair[w], k_)] = image(gen[w], of_pair(pair[w], k_));
+            pc[w] = F_VALID
+        :: else -> pc[w] = F_MARK
+        fi;
+        k_ = 0 }
+    :: d_step { pc[w] == F_VALID ->                                     // shm.epcm.Epcm.set_valid_rows
+        CHECK(STALE, holder == gen[w]);
+        valid[of_pair(pair[w], at[w])] = gen[w];
+        at[w]++;
+        pc[w] = F_MARK }
+    :: d_step { pc[w] == F_MARK ->                                      // workers.filling.Filler.fill
+        CHECK(STALE, holder == gen[w]);
+        copied[pair[w]] = at[w];
+        clear_midstates(w);
+        pc[w] = GIVING }
+#endif
+#if WORKER_SCRUB
+    :: d_step { pc[w] == S_ZERO ->                                      // workers.filling.zero_rows
+        CHECK(STALE, holder == gen[w]);
+        if
+        :: cleaned[pair[w]] < to_clean(pair[w]) ->
+            content[of_pair(pair[w], cleaned[pair[w]])] = ZERO; pc[w] = S_MARK
+        :: else -> pc[w] = GIVING
+        fi }
+    :: d_step { pc[w] == S_MARK ->                                      // workers.filling.Filler.fill
+        CHECK(STALE, holder == gen[w]);
+        cleaned[pair[w]]++;
+        pc[w] = GIVING }
+#endif
 
     /* Taking over. Only the holder of the claim writes results, so reading both copies is one step. */
     :: d_step { pc[w] == T_READ ->                                      // workers.measure.Measurer._take_over, shm.smc.Smc.newest
@@ -453,7 +555,7 @@ end:
         CHECK(STALE, holder == gen[w]);
         blocks_released[dom(w)] = N(w);
         after_take(w) }
-    :: d_step { pc[w] == T_FREE ->                                      // shm.epcm.Epcm.release
+    :: d_step { pc[w] == T_FREE ->                                      // shm.epcm.Epcm.release_rows
         CHECK(STALE, holder == gen[w]);
         first_locked(dom(w), N(w), gen[w]);
         released[page(dom(w), k_)] = gen[w];
@@ -473,10 +575,10 @@ end:
     :: d_step { pc[w] == A_WAIT && valid[page(dom(w), N(w))] == gen[w] ->   // workers.measure.Measurer._advance
         pc[w] = A_HASH }
 #endif
-#if WORKER_COPY
+#if WORKER_COPY == 1
     :: d_step { pc[w] == A_WAIT && slot == gen[w] && valid[page(dom(w), N(w))] != gen[w] ->
-        pc[w] = A_COPY }                                                // planned: worker copy mode
-    :: d_step { pc[w] == A_COPY ->                                      // planned: worker copy mode
+        pc[w] = A_COPY }                                                // workers.filling.Filler.fill
+    :: d_step { pc[w] == A_COPY ->                                      // workers.filling.fill_rows
         CHECK(STALE, holder == gen[w]);
         CHECK(NO_RECOPY, content[page(dom(w), N(w))] == ZERO);
 #ifdef M_VALID_FIRST
@@ -485,7 +587,7 @@ end:
         content[page(dom(w), N(w))] = image(gen[w], page(dom(w), N(w)));
 #endif
         pc[w] = A_VALID }
-    :: d_step { pc[w] == A_VALID ->                                     // planned: worker copy mode
+    :: d_step { pc[w] == A_VALID ->                                     // shm.epcm.Epcm.set_valid_rows
         CHECK(STALE, holder == gen[w]);
 #ifdef M_VALID_FIRST
         content[page(dom(w), N(w))] = image(gen[w], page(dom(w), N(w)));
@@ -522,7 +624,7 @@ end:
         CHECK(STALE, holder == gen[w]);
         blocks_released[dom(w)] = N(w);
         stored(w, A_RAISE, AFTER_RAISE) }
-    :: d_step { pc[w] == A_FREE ->                                      // shm.epcm.Epcm.release
+    :: d_step { pc[w] == A_FREE ->                                      // shm.epcm.Epcm.release_rows
         CHECK(STALE, holder == gen[w]);
         released[page(dom(w), N(w) - 1)] = gen[w];
         stored(w, A_FREE, AFTER_FREE) }
@@ -657,6 +759,9 @@ active proctype Host()
             :: else -> break
             od;
             d_ = 0;
+#if WORKER_COPY == 2
+            copied[0] = 0; copied[PAIRS - 1] = 0;
+#endif
             fault = 0
         }
 #endif
@@ -737,9 +842,33 @@ destroy:
         take_range();                                                   // runtime.arena.Arena.reclaim
 #endif
         holder = 0;
+#if WORKER_SCRUB
+        /* Entries first: no enclave is left that could look at them. Then a scrubbing takes slot and pages. */
+        d_step {                                                        // shm.epcm.Epcm.clear
+            do
+            :: pg <= PAGES -> owner_of[pg] = 0; pg++
+            :: else -> break
+            od;
+            pg = 0;
+            cleaned[0] = 0; cleaned[PAIRS - 1] = 0
+        }
+        holder = SCRUB_GEN;
+        slot = SCRUB_GEN;                                               // shm.launches.LaunchTable.open_launch
+        give_range();
+        do
+        :: all_cleaned -> break                                         // runtime.arena.Arena.collect
+        KILL_STOPPED(0)                                                 // runtime.arena.Arena.take_range
+        KILL_STOPPED(1)                                                 // runtime.arena.Arena.take_range
+        od;
+        slot = 0;                                                       // shm.launches.LaunchTable.close_launch
+#ifndef M_SCRUB_RANGE
+        take_range();                                                   // runtime.arena.Arena.collect
+#endif
+        holder = 0;
+#else
 #ifndef M_SCRUB
         /* Nobody is left who looks at these pages (STALE and OWN would tell), so this is one step. */
-        d_step {                                                        // runtime.arena.scrub
+        d_step {                                                        // runtime.arena.Arena.reclaim
             do
             :: pg <= PAGES -> content[pg] = ZERO; pg++
             :: else -> break
@@ -755,6 +884,7 @@ destroy:
             od;
             pg = 0
         }
+#endif
 #ifdef M_ZERO_FIRST
         slot = 0;
 #endif

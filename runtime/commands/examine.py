@@ -1,15 +1,30 @@
-"""A file measured and its SIGSTRUCT checked: what ``measure`` and ``verify`` print. Prints nothing itself."""
+"""Files measured and their SIGSTRUCTs checked: what ``measure`` and ``verify`` print. Prints nothing itself.
+
+Files are read and their schemes decided first, then all images are measured at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ...shm.errors import SignatureError
-from ..measurement import DEFAULT_BLOCK, DEFAULT_DOMAINS, Measurement
+from ...shm.errors import EnturboError, SignatureError
+from ..image import EnclaveImage
+from ..measurement import DEFAULT_BLOCK, DEFAULT_DOMAINS, Measurement, check_scheme
+from ..measuring import MeasureJob, measure_images
 from ..sigstruct import Sigstruct
-from .common import find_sigstruct, load_image
+from .common import find_sigstruct, load_image, reading
+
+OPEN_FILES: Final = 64  # at once: each holds one or two descriptors, of which a process may have few
+
+How = tuple[str, int, int]
+"""Scheme, D, B; of scheme sgx ("sgx", 1, 1), as in a Measurement."""
 
 
 @dataclass(frozen=True)
@@ -71,50 +86,129 @@ class Examined:
         }
 
 
-def examine(
-    path: Path,
+def examine(path: Path, sigstruct_file: Path | None = None, *, edmm: bool = False) -> Examined:
+    """:func:`examine_all` for one file. Raises EnturboError if it cannot be read."""
+    (found,) = examine_all([path], sigstruct_file, edmm=edmm)
+    if isinstance(found, EnturboError):
+        raise found
+    return found
+
+
+def examine_all(
+    paths: Sequence[Path],
     sigstruct_file: Path | None = None,
     *,
-    wanted: tuple[str, int, int] | None = None,
+    wanted: How | None = None,
     edmm: bool = False,
-    workers: int = 0,
-) -> Examined:
-    """Measure ``path`` as its SIGSTRUCT says, or as ``wanted`` (scheme, D, B), and check the SIGSTRUCT.
+    step: Callable[[], None] = lambda: None,
+) -> list[Examined | EnturboError]:
+    """Measure files as their SIGSTRUCTs say, or as ``wanted``, and check the SIGSTRUCTs.
 
-    ``match`` is always about the signed value under the scheme that was signed. Raises EnturboError for what
-    cannot be read.
+    ``match`` is always about the signed value under the scheme that was signed. A file that cannot be read
+    has its error in its place. ``step`` is called once a file, from any thread. Raises SchemeError.
     """
-    from ..formats import detect
+    if wanted is not None:
+        check_scheme(*wanted)
+        wanted = wanted if wanted[0] != "sgx" else ("sgx", 1, 1)
+    found: list[Examined | EnturboError] = []
+    for first in range(0, len(paths), OPEN_FILES):
+        # Reading a file checks its checksums, which takes every byte of it: worth a second core.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "enturbo-load") as threads:
+            batch = paths[first : first + OPEN_FILES]
+            opened = list(threads.map(lambda path: _open(path, sigstruct_file, wanted, edmm), batch))
+        with contextlib.ExitStack() as stack:
+            for case in opened:
+                if isinstance(case, _Case):
+                    stack.enter_context(case.image)
+            found += _measure(opened, step)
+    return found
 
-    with load_image(path, edmm) as image:
-        sigstruct = find_sigstruct(path, image, sigstruct_file)
-        signed, problem, valid = _signed(sigstruct)
-        how = wanted or _how(signed) or ("enturbo", DEFAULT_DOMAINS, DEFAULT_BLOCK)
-        measured = image.measure(how[0], domains=how[1], block=how[2], workers=workers)
-        match = None if sigstruct is None else False
-        if signed is not None:
-            same = (measured.scheme, measured.domains, measured.block)
-            compared = measured
-            if same != _how(signed):
-                compared = image.measure(
-                    signed.scheme, domains=signed.domains, block=signed.block, workers=workers
-                )
-            match = compared == signed
+
+@dataclass(frozen=True)
+class _Case:
+    """A file whose image is open, and what its SIGSTRUCT says. ``hows``: first the one to show."""
+
+    file: Path
+    format: str
+    image: EnclaveImage
+    sigstruct: Sigstruct | None
+    signed: Measurement | None
+    problem: str | None
+    signature_valid: bool | None
+    hows: tuple[How, ...]
+
+    def examined(self, measured: Mapping[How, Measurement]) -> Examined:
+        """What there is to tell when the image has been measured in all its ``hows``."""
+        match = None if self.sigstruct is None else False
+        if self.signed is not None:
+            match = measured[_how(self.signed)] == self.signed
         return Examined(
-            path,
-            detect(path).name,
-            measured,
-            image.page_count,
-            image.measured_pages,
-            sigstruct,
+            self.file,
+            self.format,
+            measured[self.hows[0]],
+            self.image.page_count,
+            self.image.measured_pages,
+            self.sigstruct,
             match,
-            valid,
-            problem,
+            self.signature_valid,
+            self.problem,
         )
 
 
-def _how(measurement: Measurement | None) -> tuple[str, int, int] | None:
-    return None if measurement is None else (measurement.scheme, measurement.domains, measurement.block)
+def _open(path: Path, sigstruct_file: Path | None, wanted: How | None, edmm: bool) -> _Case | EnturboError:
+    """Read a file, and decide how it is measured."""
+    from ..formats import detect
+
+    try:
+        image = load_image(path, edmm)
+    except EnturboError as error:
+        return error
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(image)
+        try:
+            sigstruct = find_sigstruct(path, image, sigstruct_file)
+            with reading(path):
+                name = detect(path).name
+        except EnturboError as error:
+            return error
+        signed, problem, valid = _signed(sigstruct)
+        hows = [] if wanted is None else [wanted]
+        if signed is not None and _how(signed) not in hows:
+            hows.append(_how(signed))
+        hows = hows or [("enturbo", DEFAULT_DOMAINS, DEFAULT_BLOCK)]
+        stack.pop_all()  # whoever asked closes it
+        return _Case(path, name, image, sigstruct, signed, problem, valid, tuple(hows))
+
+
+def _measure(
+    opened: Sequence[_Case | EnturboError], step: Callable[[], None]
+) -> Iterator[Examined | EnturboError]:
+    """All images at once, so that those of scheme sgx share the hasher's lanes; results in order."""
+    jobs: list[MeasureJob] = []
+    files: list[int] = []  # of each job
+    for number, case in enumerate(opened):
+        if isinstance(case, EnturboError):
+            step()
+        else:
+            jobs += (MeasureJob(case.image, *how) for how in case.hows)
+            files += [number] * len(case.hows)
+    left = Counter(files)
+
+    def done(job: int) -> None:
+        left[files[job]] -= 1
+        if not left[files[job]]:
+            step()
+
+    measured = iter(measure_images(jobs, done=done))
+    for case in opened:
+        if isinstance(case, EnturboError):
+            yield case
+        else:
+            yield case.examined({how: next(measured) for how in case.hows})
+
+
+def _how(measurement: Measurement) -> How:
+    return measurement.scheme, measurement.domains, measurement.block
 
 
 def _signed(sigstruct: Sigstruct | None) -> tuple[Measurement | None, str | None, bool | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
@@ -22,7 +20,7 @@ from .common import (
     print_json,
     progress,
 )
-from .examine import Examined, examine
+from .examine import Examined, examine, examine_all
 
 
 def measure(
@@ -47,26 +45,16 @@ def measure(
     if sigstruct is not None and len(files) > 1:
         raise InputError(f"--sigstruct belongs to one file, found {len(files)}")
     wanted = None if scheme is None else (scheme.value, domains, block)
-    cores = len(os.sched_getaffinity(0))
-    # One file is hashed by all cores; of many files each core takes one at a time.
-    workers = 0 if len(files) == 1 else 1
     code = OK
     found: list[Examined] = []
-    with (
-        progress("measuring", len(files)) as step,
-        ThreadPoolExecutor(min(cores, len(files)), "enturbo-measure") as threads,
-    ):
-        jobs = [
-            threads.submit(examine, path, sigstruct, wanted=wanted, edmm=edmm, workers=workers)
-            for path in files
-        ]
-        for job in jobs:
-            try:
-                found.append(job.result())
-            except EnturboError as error:
-                complain(error)
-                code = BAD_INPUT
-            step()
+    with progress("measuring", len(files)) as step:
+        results = examine_all(files, sigstruct, wanted=wanted, edmm=edmm, step=step)
+    for result in results:
+        if isinstance(result, EnturboError):
+            complain(result)
+            code = BAD_INPUT
+        else:
+            found.append(result)
     if json:
         print_json([each.row() for each in found])
     for each in found:

@@ -27,6 +27,7 @@ import xxhash
 
 from ...shm.errors import ImageFormatError
 from ...shm.layout import ALL_CHUNKS, PAGE_SIZE, Record
+from ..backing import Backing
 from ..program import unpack_canonical
 from ..region import READ, TYPE_REG, WRITE, Region
 
@@ -71,6 +72,7 @@ def load(file: BinaryIO, name: str) -> EnclaveImage:
     if file_size < HEADER.size:
         raise ImageFormatError("file size", file=name, expected=f"at least {HEADER.size}", found=file_size)
     mapping = mmap.mmap(file.fileno(), file_size, access=mmap.ACCESS_READ)
+    backing = Backing(os.dup(file.fileno()), mapping)
     try:
         manifest, data_offset = _check_ends(mapping, file_size, name)
         # Sizes and places before checksums: a lie in the manifest must not cost a pass over the file.
@@ -79,7 +81,7 @@ def load(file: BinaryIO, name: str) -> EnclaveImage:
             size=manifest["size"],
             ssa_frame_size=manifest["ssa_frame_size"],
             dynamic=[_dynamic(row) for row in manifest["dynamic"]],
-            mapping=mapping,
+            backing=backing,
         )
     except ImageFormatError as error:
         if error.file is not None:
@@ -180,7 +182,8 @@ def _regions(rows: Sequence[Sequence[int]], file: memoryview, at: int, name: str
             )
         content = file[at:end] if content_pages else None
         measured = bool(chunks) if chunks in (0, ALL_CHUNKS) else chunks
-        yield Region(offset, page_count, flags, content=content, fill=fill, measured=measured)
+        page = at // PAGE_SIZE if content_pages else None
+        yield Region(offset, page_count, flags, content=content, fill=fill, measured=measured, file_page=page)
         at = end
     if at != len(file):
         raise ImageFormatError("file size", file=name, offset=at, expected=at, found=len(file))

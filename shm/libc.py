@@ -1,8 +1,8 @@
-"""The few C library calls that the enclave's side needs and Python does not offer, through ctypes.
+"""The few C library calls that Python does not offer, through ctypes.
 
 Python's :mod:`mmap` keeps a duplicate of the descriptor it maps, and a descriptor of the EPC that stays open
-would let an enclave map other pages, or its own with other rights. So mappings are made here, without one.
-Standard library only; the zygote imports it.
+would let an enclave map other pages, or its own with other rights. It also cannot be told an address, and
+huge pages need an aligned one. So mappings are made here. Standard library only; the zygote imports it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ MAP_ANONYMOUS: Final = 0x20
 MAP_NORESERVE: Final = 0x4000
 
 MADV_DONTFORK: Final = 10
+MADV_HUGEPAGE: Final = 14
+MADV_POPULATE_READ: Final = 22
+MADV_POPULATE_WRITE: Final = 23
+MADV_COLLAPSE: Final = 25
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_NAME: Final = 15

@@ -1,0 +1,66 @@
+"""Shared mappings at an address that allows huge pages, released when the last view of them is gone.
+
+The kernel maps two MiB with one page-table entry only where address and file offset agree modulo two MiB;
+:mod:`mmap` takes whatever address comes, so mappings are made by libc inside a larger reservation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Final
+
+from . import libc
+
+HUGE_PAGE: Final = 2 << 20  # bytes; on every processor for which anything here is tried
+
+
+def map_shared(fd: int, size: int, *, writable: bool = True) -> memoryview:
+    """Map ``size`` bytes (at least one) of ``fd``, shared; the caller keeps the descriptor. Raises OSError.
+
+    The view, and every view made of it, keeps the mapping alive; with the last one it is gone.
+    """
+    protection = libc.PROT_READ | (libc.PROT_WRITE if writable else 0)
+    address = _aligned(fd, size, protection)
+    owner = (ctypes.c_ubyte * size).from_address(address)
+    # At exit the kernel unmaps; a finalizer then could pull memory away under a thread that still runs.
+    weakref.finalize(owner, libc.munmap, address, size).atexit = False
+    view = memoryview(owner).cast("B")
+    return view if writable else view.toreadonly()
+
+
+def _aligned(fd: int, size: int, protection: int) -> int:
+    if size < HUGE_PAGE:
+        return libc.mmap(None, size, protection, libc.MAP_SHARED, fd)
+    # Whole pages: the kernel unmaps no less, and what is cut off below must not be the mapping's own end.
+    length = -(-size // 4096) * 4096
+    reserved = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+    base = libc.mmap(None, length + HUGE_PAGE, libc.PROT_NONE, reserved)
+    address = -(-base // HUGE_PAGE) * HUGE_PAGE
+    try:
+        libc.mmap(address, size, protection, libc.MAP_SHARED | libc.MAP_FIXED, fd)
+    except OSError:
+        libc.munmap(base, length + HUGE_PAGE)
+        raise
+    if address > base:
+        libc.munmap(base, address - base)
+    if address < base + HUGE_PAGE:
+        libc.munmap(address + length, base + HUGE_PAGE - address)
+    return address
+
+
+def address_of(view: memoryview) -> int:
+    """Where a writable view begins."""
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+
+
+def populate(view: memoryview) -> bool:
+    """Have all pages of a writable view in this process's page tables; False where the kernel cannot.
+
+    For memory that is allocated: elsewhere this would allocate it (and fail, not kill, if there is no room).
+    """
+    try:
+        libc.madvise(address_of(view), len(view), libc.MADV_POPULATE_WRITE)
+    except OSError:  # before Linux 5.14
+        return False
+    return True

@@ -1,0 +1,323 @@
+"""Filling pages under a claim: copying a pair's rows from the image's file, or zeroing them.
+
+Workers know no image formats. Each EPCM entry says where its page's bytes come from: a page of the image's
+file, a u32 to repeat, or nothing (the page is zero already). The launch names the host's descriptor of that
+file; a worker opens it anew through /proc, so nothing has to be sent, and a worker that was started in the
+middle of a launch has it too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from ..shm.errors import EnturboError
+from ..shm.launches import Claims, Launch
+from ..shm.layout import FAULT_SOURCE, NO_SOURCE, PAGE_SIZE, SCRUB, SOURCE_FILE, SOURCE_FILL
+from ..shm.mapping import map_shared
+from ..shm.memory import Memory
+from .copying import copy_into, copy_rows, zero
+from .protocol import COPIED
+from .view import OnSpan, Outcome, View
+
+log = logging.getLogger("enturbo.workers")
+
+FILL_ROWS: Final = 32  # rows copied or scrubbed in one claim: 4 MiB of an image with the usual B
+KEPT_SOURCES: Final = 4  # files that stay open (and mapped) between launches
+
+
+class SourceError(EnturboError):
+    """The image's file is shorter than the image, or cannot be read."""
+
+
+class Source:
+    """An image's file, to be copied from by pages.
+
+    A file that is sealed against shrinking is mapped, and copied past the cache. Any other one is read:
+    somebody might cut it off, and a mapping would then kill who touches it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Takes the descriptor (open for reading)."""
+        self.fd = fd
+        self._view: memoryview | None = None
+        size = os.fstat(fd).st_size
+        if size and _seals(fd) & fcntl.F_SEAL_SHRINK:
+            self._view = map_shared(fd, size, writable=False)
+
+    def copy(self, target: memoryview, page: int) -> None:
+        """Fill ``target`` from the file's page ``page`` on; all stores are visible on return.
+
+        Raises SourceError.
+        """
+        at = page * PAGE_SIZE
+        if self._view is not None:
+            part = self._view[at : at + len(target)]
+            if len(part) < len(target):
+                raise SourceError(f"the image's file ends at {len(self._view)}, expected page {page}")
+            copy_into(target, part)
+            return
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self.fd, [target[done:]], at + done)
+            except OSError as error:
+                raise SourceError(f"the image's file cannot be read at {at + done}: {error}") from error
+            if count == 0:
+                raise SourceError(
+                    f"the image's file ends at {at + done}, expected {at + len(target)} bytes or more"
+                )
+            done += count
+
+    def copy_rows(self, target: memoryview, page: int, width: int, stride: int, rows: int) -> None:
+        """The same for ``rows`` pieces of ``width`` bytes, ``stride`` bytes apart in the file and in
+        ``target``.
+
+        Raises SourceError.
+        """
+        at, length = page * PAGE_SIZE, (rows - 1) * stride + width
+        if self._view is not None and at + length <= len(self._view):
+            copy_rows(target[:length], self._view[at : at + length], width, stride, rows)
+            return
+        for begin in range(0, length, stride):
+            self.copy(target[begin : begin + width], page + begin // PAGE_SIZE)
+
+    def __del__(self) -> None:
+        # Launches share a source, and whoever drops it last closes it; a mapping goes with its last view.
+        os.close(self.fd)
+
+
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:  # no memfd
+        return 0
+
+
+class Sources:
+    """The files of the launches that one measurer copies for, opened once each."""
+
+    def __init__(self, host: int | None = None) -> None:
+        """``host``: the process whose descriptor numbers launches name; None: this one."""
+        self._host = host
+        self._open: OrderedDict[tuple[int, int], Source] = OrderedDict()
+
+    def get(self, launch: Launch) -> Source | None:
+        """The file of ``launch``, None if it needs none. Raises OSError if it is out of reach.
+
+        The caller holds a claim of the launch, has found its generation after that, and has a page to fill
+        that is not VALID. The host closes the descriptor when all pages are VALID or when it holds the claim
+        range, so the number means this file.
+        """
+        if launch.source_fd == NO_SOURCE:
+            return None
+        where = "self" if self._host is None else str(self._host)
+        fd = os.open(f"/proc/{where}/fd/{launch.source_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(fd)
+        key = status.st_dev, status.st_ino  # no other file's while one holds it open
+        known = self._open.get(key)
+        if known is not None:
+            os.close(fd)
+            self._open.move_to_end(key)
+            return known
+        source = self._open[key] = Source(fd)
+        while len(self._open) > KEPT_SOURCES:
+            self._open.popitem(last=False)
+        return source
+
+    def forget(self) -> None:
+        """Close the files that no launch uses now."""
+        self._open.clear()
+
+
+class Filler:
+    """Copies, or scrubs, for one measurer: under the same claims as it measures under.
+
+    Per pair, rows become VALID in ascending order, so the pages of a pair that are VALID are a prefix of it.
+    What a launch publishes beside the EPCM (rows copied) is a hint: who dies after VALID and before the hint
+    leaves rows that the next holder finds VALID and passes over. It never copies a VALID page: an enclave may
+    have written to it, or a measurer hashed it.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        claims: Claims,
+        sources: Sources,
+        point: Callable[[str], None],
+        on_span: OnSpan | None,
+    ) -> None:
+        self.memory, self.claims, self.sources = memory, claims, sources
+        self._point, self._on_span = point, on_span
+
+    def step(self, view: View) -> Outcome:
+        """Fill some rows of the pair with the fewest. FINISHED: all are; WAITING: no file to be had."""
+        pairs = view.unfilled()
+        if not pairs:
+            view.filled = True
+            return Outcome.FINISHED
+        if not view.can_fill:
+            return Outcome.WAITING
+        for pair in pairs:
+            if not self.claims.claim(view.slot, pair):
+                continue
+            try:
+                # Only a generation that is read after the claim counts; see enturbo.shm.launches.
+                if not is_open(self.memory, view):
+                    return Outcome.GONE
+                return self.fill(view, pair, int(view.copied[pair]) + FILL_ROWS)
+            finally:
+                self.claims.give_back(view.slot, pair)
+        return Outcome.BUSY
+
+    def fill(self, view: View, pair: int, until: int) -> Outcome:
+        """Fill the rows of ``pair`` up to row ``until``. The claim is held, the generation was looked at.
+
+        WORKED, FAULT (the file is too short) or WAITING (it is out of reach).
+        """
+        until = min(until, view.pair_rows[pair])
+        if view.launch.copy_mode == SCRUB:
+            return self._scrub(view, pair, until)
+        begin = time.monotonic_ns()
+        start = int(view.copied[pair])
+        pages = 0
+        try:
+            start, pages = self._pass_valid(view, pair, start, until)
+            if start < until:
+                self._point("filling")
+                fill_rows(self.memory, view, pair, start, until, self._source(view))
+                # A copier that dies here leaves rows that are not VALID: nobody has looked at their bytes.
+                self._point("filled")
+                rows = view.rows(2 * pair, len(view.domains(pair)))
+                self.memory.epcm.set_valid_rows(rows, start, until, view.generation)
+                self._point("valid")
+                _, count = view.row_of(pair, until - 1)
+                pages += (until - start - 1) * rows.width + count
+        except SourceError as error:
+            log.warning("launch %d: %s", view.generation, error)
+            self.memory.launches.report_fault(view.slot, view.generation, FAULT_SOURCE)
+            return Outcome.FAULT
+        except OSError as error:
+            # The host can always copy, so the launch goes on; this measurer takes part when pages are VALID.
+            log.info("launch %d: its file is out of this process's reach: %s", view.generation, error)
+            view.can_fill = False
+            return Outcome.WAITING
+        if until > int(view.copied[pair]):
+            view.copied[pair] = until
+        if pages and self._on_span is not None:
+            self._on_span(COPIED, view.slot, view.generation, pages, begin, time.monotonic_ns(), False)
+        return Outcome.WORKED
+
+    def _pass_valid(self, view: View, pair: int, start: int, until: int) -> tuple[int, int]:
+        """The first row that is not VALID, and pages copied: the rest of a row whose copier died in it."""
+        epcm, pages = self.memory.epcm, 0
+        while start < until:
+            first, count = view.row_of(pair, start)
+            first += view.launch.first_page
+            done = epcm.first_not_valid(first, count, view.generation)
+            if done == 0:
+                break
+            if done < count:
+                fill_pages(self.memory, first + done, count - done, self._source(view))
+                epcm.set_valid(first + done, count - done, view.generation)
+                pages += count - done
+            start += 1
+        return start, pages
+
+    def _source(self, view: View) -> Source | None:
+        if view.source is None:
+            view.source = self.sources.get(view.launch)
+        return view.source
+
+    def _scrub(self, view: View, pair: int, until: int) -> Outcome:
+        """Zero rows. Doing it twice is harmless until the range is taken, and then nobody does it."""
+        start = int(view.copied[pair])
+        if start < until:
+            self._point("filling")
+            zero_rows(self.memory, view, pair, start, until)
+            self._point("filled")
+            view.copied[pair] = until
+        return Outcome.WORKED
+
+
+def is_open(memory: Memory, view: View) -> bool:
+    """Whether the launch is the one in its slot, and its copy goes on."""
+    table = memory.launches
+    return (
+        int(table.generations[view.slot]) == view.generation
+        and int(table.copy_aborted[view.slot]) != view.generation
+    )
+
+
+def fill_rows(memory: Memory, view: View, pair: int, start: int, end: int, source: Source | None) -> None:
+    """Copy the rows ``start`` .. ``end`` - 1 of ``pair``; the caller holds its claim and makes them VALID.
+
+    Raises SourceError.
+    """
+    whole = min(end, view.launch.page_count // view.stride)
+    if whole > start and _fill_table(memory, view, pair, start, whole, source):
+        start = whole
+    for row in range(start, end):
+        first, count = view.row_of(pair, row)
+        fill_pages(memory, view.launch.first_page + first, count, source)
+
+
+def _fill_table(memory: Memory, view: View, pair: int, start: int, end: int, source: Source | None) -> bool:
+    """All rows at once, where they stand in the file as they do in the image; else False, nothing done."""
+    first, width = view.row_of(pair, start)
+    rows, first = end - start, view.launch.first_page + first
+    table = memory.epcm.source_rows(first, rows, width, view.stride)
+    origin = int(table[0, 0])
+    if source is None or not origin & SOURCE_FILE:
+        return False
+    if not (table - table[0, 0] == _offsets(rows, width, view.stride)).all():
+        return False
+    target = memory.epc.pages(first, (rows - 1) * view.stride + width)
+    source.copy_rows(target, origin & ~SOURCE_FILE, width * PAGE_SIZE, view.stride * PAGE_SIZE, rows)
+    return True
+
+
+@functools.lru_cache(maxsize=16)
+def _offsets(rows: int, width: int, stride: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Page numbers of such a table, from its first page on."""
+    down = np.arange(0, rows * stride, stride, dtype=np.uint64)
+    return np.add.outer(down, np.arange(width, dtype=np.uint64))
+
+
+def fill_pages(memory: Memory, first: int, count: int, source: Source | None) -> None:
+    """Copy ``count`` EPC pages from where their entries say, in runs as long as they go.
+
+    Raises SourceError.
+    """
+    words = memory.epcm.sources(first, count)
+    for begin, end in _runs(words):
+        word = int(words[begin])
+        if word & SOURCE_FILE:
+            if source is None:
+                raise SourceError(f"EPC page {first + begin} needs a file, the launch has none")
+            source.copy(memory.epc.pages(first + begin, end - begin), word & ~SOURCE_FILE)
+        elif word & SOURCE_FILL:
+            memory.epc.fill(first + begin, end - begin, word & 0xFFFF_FFFF)
+
+
+def _runs(words: np.ndarray[Any, np.dtype[np.uint64]]) -> list[tuple[int, int]]:
+    """Pages that follow each other in the file, or have the same fill, or none: (begin, end)."""
+    step = np.diff(words)
+    goes_on = np.where(words[:-1] & np.uint64(SOURCE_FILE), step == 1, step == 0)
+    breaks = (np.flatnonzero(~goes_on) + 1).tolist()
+    return list(zip([0, *breaks], [*breaks, len(words)], strict=True))
+
+
+def zero_rows(memory: Memory, view: View, pair: int, start: int, end: int) -> None:
+    """Scrub the rows ``start`` .. ``end`` - 1 of ``pair``, under its claim."""
+    for row in range(start, end):
+        first, count = view.row_of(pair, row)
+        zero(memory.epc.pages(view.launch.first_page + first, count))
