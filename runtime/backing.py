@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from ..shm import libc
 from ..shm.layout import PAGE_SIZE
-from ..shm.mapping import HUGE_PAGE, address_of, map_shared
+from ..shm.mapping import HUGE_PAGE, allocate_huge, map_shared
 from ..workers.copying import copy_into
 from .region import Region
 
@@ -89,8 +88,7 @@ def _write(fd: int, size: int, regions: Sequence[Region], places: Sequence[int |
     """Fill the memfd, in huge pages where they are granted: readers then need few page-table entries."""
     view = map_shared(fd, size)
     if size >= HUGE_PAGE:
-        with contextlib.suppress(OSError):
-            libc.madvise(address_of(view), size, libc.MADV_HUGEPAGE)
+        allocate_huge(fd, view, 0, size // HUGE_PAGE)
     for region, place in zip(regions, places, strict=True):
         if place is not None and region.content is not None:
             with memoryview(region.content) as raw, raw.cast("B") as content:

@@ -134,8 +134,13 @@ class Sigstruct:
     def verify(self) -> None:
         """Check the signature with the key inside, strictly, and Q1 and Q2. Raises SignatureError.
 
-        EINIT does the same before it believes anything else in the structure.
+        EINIT does the same before it believes anything else in the structure. The fields never change, so a
+        signature that holds is looked at once: later launches of the same object do not pay for it again.
         """
+        return self._signature_holds
+
+    @cached_property
+    def _signature_holds(self) -> None:
         modulus = int.from_bytes(self.modulus, "little")
         signature = int.from_bytes(self.signature, "little")
         rsa3.check_modulus(modulus)

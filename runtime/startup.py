@@ -328,13 +328,12 @@ class Start:
         begin = time.monotonic_ns()
         launch, smc = self.launch, self._smc()
         digests = []
-        for domain in range(launch.domains):
-            newest = smc.newest(domain, self.place.generation)
-            if newest is None or not newest.final:
+        for domain, digest in enumerate(smc.final_digests(launch.domains, self.place.generation)):
+            if digest is None:
                 raise EnturboError(
                     f"hash domain {domain} has no final digest in the Shadow Measurement Cache"
                 )
-            digests.append(newest.state)
+            digests.append(digest)
         ecreate = records.ecreate(launch.ssa_frame_size, launch.size)
         if launch.scheme == SCHEME_SGX:
             mrenclave: bytes = digests[0]

@@ -135,8 +135,7 @@ class LaunchTable:
             page_count=launch.page_count,
             generation=launch.generation,
         )
-        for domain, digest in settled.items():
-            self._smcs[slot].publish(domain, launch.generation, None, digest, 64, blocks=0, final=True)
+        self._smcs[slot].settle(settled, launch.generation)
         self.generations[slot] = launch.generation
 
     def close_launch(self, slot: int) -> None:

@@ -7,10 +7,13 @@ The kernel maps two MiB with one page-table entry only where address and file of
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import weakref
 from typing import Final
 
 from . import libc
+from .layout import PAGE_SIZE
 
 HUGE_PAGE: Final = 2 << 20  # bytes; on every processor for which anything here is tried
 
@@ -33,7 +36,7 @@ def _aligned(fd: int, size: int, protection: int) -> int:
     if size < HUGE_PAGE:
         return libc.mmap(None, size, protection, libc.MAP_SHARED, fd)
     # Whole pages: the kernel unmaps no less, and what is cut off below must not be the mapping's own end.
-    length = -(-size // 4096) * 4096
+    length = -(-size // PAGE_SIZE) * PAGE_SIZE
     reserved = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
     base = libc.mmap(None, length + HUGE_PAGE, libc.PROT_NONE, reserved)
     address = -(-base // HUGE_PAGE) * HUGE_PAGE
@@ -47,6 +50,25 @@ def _aligned(fd: int, size: int, protection: int) -> int:
     if address < base + HUGE_PAGE:
         libc.munmap(address + length, base + HUGE_PAGE - address)
     return address
+
+
+def allocate_huge(fd: int, view: memoryview, start: int, count: int) -> bool:
+    """Allocate ``count`` huge pages of a fresh shared-memory file, mapped by ``view``, from ``start`` on.
+
+    False where none are granted: an older kernel, switched off, memory too fragmented. The kernel collapses
+    only what has a page in it, so each gets a first one, allocated by descriptor and then touched. Raises
+    OSError (ENOSPC) if even those do not fit.
+    """
+    try:
+        for at in range(start, start + count * HUGE_PAGE, HUGE_PAGE):
+            os.posix_fallocate(fd, at, PAGE_SIZE)
+            view[at] = 0
+        libc.madvise(address_of(view) + start, count * HUGE_PAGE, libc.MADV_COLLAPSE)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        return False
+    return True
 
 
 def address_of(view: memoryview) -> int:

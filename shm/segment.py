@@ -16,10 +16,9 @@ import os
 from multiprocessing.shared_memory import SharedMemory
 from typing import Final
 
-from . import libc
 from .errors import EnturboError, SharedMemoryFull
 from .layout import PAGE_SIZE
-from .mapping import HUGE_PAGE, address_of, map_shared
+from .mapping import HUGE_PAGE, allocate_huge, map_shared
 
 SHM_DIRECTORY: Final = "/dev/shm"
 ALLOCATE_STEP: Final = 32 << 20  # bytes; 2 to 10 ms each, more where the machine itself meets them first
@@ -75,7 +74,10 @@ class Segment:
             return False
         try:
             if self._ask_for_huge:
-                self._allocate_huge(self.allocated, length // HUGE_PAGE)
+                count = length // HUGE_PAGE
+                # Once refused, no more are asked for.
+                self._ask_for_huge = allocate_huge(self.fd, self.view, self.allocated, count)
+                self.huge += count * HUGE_PAGE if self._ask_for_huge else 0
             # Nothing is left to do where huge pages were granted.
             os.posix_fallocate(self.fd, self.allocated, length)
         except OSError as error:
@@ -84,24 +86,6 @@ class Segment:
             raise
         self.allocated += length
         return self.allocated < self.size
-
-    def _allocate_huge(self, start: int, count: int) -> None:
-        """Try to allocate ``count`` huge pages from ``start`` on; once refused, no more are asked for.
-
-        The kernel collapses only what has a page in it, so each gets a first one: allocated by descriptor,
-        then touched. Raises OSError if even those do not fit.
-        """
-        try:
-            for at in range(start, start + count * HUGE_PAGE, HUGE_PAGE):
-                os.posix_fallocate(self.fd, at, PAGE_SIZE)
-                self.view[at] = 0
-            libc.madvise(address_of(self.view) + start, count * HUGE_PAGE, libc.MADV_COLLAPSE)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            self._ask_for_huge = False  # no such kernel, switched off, or memory too fragmented
-        else:
-            self.huge += count * HUGE_PAGE
 
     def description(self) -> int:
         """A new read-write open file description: locks taken on it exclude those of all others."""

@@ -13,7 +13,8 @@ the bytes of a page again that the enclave has written since.
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import xxhash
@@ -33,6 +34,8 @@ from .layout import (
 
 _BODY = struct.Struct("<32sQI")
 _CHECKSUM = struct.Struct("<I")
+_PAIR = struct.Struct("<32sQII32sQII")  # copies A and B
+HEADER_LENGTH: Final = 64  # bytes hashed where nothing but the domain's first record was
 _HEADER = struct.Struct("<QIIIIQI")
 
 
@@ -88,16 +91,17 @@ class Smc:
 
     def newest(self, domain: int, generation: int) -> Result | None:
         """The newest copy whose checksum holds under ``generation``, or None."""
-        best: Result | None = None
-        for copy in (0, 1):
-            at = SMC_RESULTS_AT + (2 * domain + copy) * SMC_RESULT.size
-            state, length, sequence = _BODY.unpack_from(self._buffer, at)
-            if sequence == 0 or (best is not None and sequence - 1 <= best.blocks):
+        # The copies stand side by side, and mostly the newer one is whole: one look at both, one checksum.
+        at = SMC_RESULTS_AT + 2 * domain * SMC_RESULT.size
+        copies = _PAIR.unpack_from(self._buffer, at)
+        for copy in (0, 1) if copies[2] >= copies[6] else (1, 0):
+            state, length, sequence, checksum = copies[4 * copy : 4 * copy + 4]
+            if sequence == 0:
                 continue
-            (checksum,) = _CHECKSUM.unpack_from(self._buffer, at + _BODY.size)
-            if checksum == xxhash.xxh32_intdigest(self._buffer[at : at + _BODY.size], generation):
-                best = Result(state, length & ~FINAL_BIT, bool(length & FINAL_BIT), sequence - 1, copy)
-        return best
+            begin = at + copy * SMC_RESULT.size
+            if checksum == xxhash.xxh32_intdigest(self._buffer[begin : begin + _BODY.size], generation):
+                return Result(state, length & ~FINAL_BIT, bool(length & FINAL_BIT), sequence - 1, copy)
+        return None
 
     def publish(
         self, domain: int, generation: int, result: Result | None, state: bytes, length: int,
@@ -115,6 +119,23 @@ class Smc:
         # Killed before the next line: this copy fails its checksum, the other one stays the newest.
         _CHECKSUM.pack_into(self._buffer, at + _BODY.size, xxhash.xxh32_intdigest(body, generation))
         return Result(state, length, final, blocks, copy)
+
+    def settle(self, digests: Mapping[int, bytes], generation: int) -> None:
+        """Host, holding the claim range of a launch that is not open yet: final results of domains that have
+        no pages, into copy A."""
+        for domain, digest in digests.items():
+            at = SMC_RESULTS_AT + 2 * domain * SMC_RESULT.size
+            body = _BODY.pack(digest, HEADER_LENGTH | FINAL_BIT, 1)
+            self._buffer[at : at + len(body)] = body
+            _CHECKSUM.pack_into(self._buffer, at + len(body), xxhash.xxh32_intdigest(body, generation))
+
+    def final_digests(self, domains: int, generation: int) -> list[bytes | None]:
+        """The final digest of each domain; None where the newest valid result is none."""
+        digests: list[bytes | None] = []
+        for domain in range(domains):
+            newest = self.newest(domain, generation)
+            digests.append(newest.state if newest is not None and newest.final else None)
+        return digests
 
     def raise_released(self, domain: int, blocks: int, worker: int, incarnation: int) -> None:
         """Holder of the claim, after the result that covers them and before the pages are released."""

@@ -56,15 +56,18 @@ def settled(launch: Launch) -> dict[int, bytes]:
     The host stores them when it opens the launch, so nobody claims a domain to hash nothing.
     """
     empty = max(0, launch.domains + launch.page_count // -launch.block)
+    if not empty:
+        return {}
+    # Of the launch only what the records hold, so that all small launches of a kind share one answer.
+    like = launch._replace(generation=0, first_page=0, page_count=0, copy_mode=0, source_fd=0)
+    return _empty_digests(like, launch.domains - empty)
+
+
+@functools.lru_cache(maxsize=64)
+def _empty_digests(launch: Launch, first: int) -> dict[int, bytes]:
     return {
-        domain: _empty_digest(prefix(launch, domain))
-        for domain in range(launch.domains - empty, launch.domains)
+        domain: hashlib.sha256(prefix(launch, domain)).digest() for domain in range(first, launch.domains)
     }
-
-
-@functools.lru_cache(maxsize=1024)
-def _empty_digest(record: bytes) -> bytes:
-    return hashlib.sha256(record).digest()
 
 
 class Measurer:

@@ -12,9 +12,7 @@ that follow each other.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Any, Final, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..shm.epcm import Rows
 from ..shm.launches import Launch
@@ -52,10 +50,10 @@ class OnSpan(Protocol):
     ) -> None: ...
 
 
-def block_totals(launch: Launch) -> np.ndarray[Any, np.dtype[np.int64]]:
+def block_totals(launch: Launch) -> list[int]:
     """Blocks of each domain: block b of the image belongs to domain b mod D."""
-    blocks = -(-launch.page_count // launch.block)
-    return (blocks + np.arange(launch.domains - 1, -1, -1, dtype=np.int64)) // launch.domains
+    each, more = divmod(-(-launch.page_count // launch.block), launch.domains)
+    return [each + 1] * more + [each] * (launch.domains - more)
 
 
 def prefix(launch: Launch, domain: int) -> bytes:
@@ -73,7 +71,7 @@ class View:
         self.smc = memory.launches.smc(slot)
         self.copied = memory.launches.copied[slot, : launch.pairs]
         self.stride = launch.domains * launch.block  # pages from a row to the next
-        self.totals: list[int] = block_totals(launch).tolist()
+        self.totals = block_totals(launch)
         first, count, size = launch.first_page, launch.page_count, EPCM_ENTRY.size
         self.pages = Pages(
             memory.epcm.buffer[first * size : (first + count) * size], memory.epc.pages(first, count)
@@ -126,12 +124,12 @@ class View:
     def stripe_from(self, block: int, total: int) -> int:
         """Blocks of a domain to hash in one claim, from ``block`` on.
 
-        Where nobody waits for single releases a claim takes half of what is left, up to four stripes: each
-        claim costs some 5 % of a stripe, and the last ones stay short so that all end at the same time.
+        A claim costs some 5 % of a stripe, so claims grow: where an enclave waits for releases, after its
+        first blocks, up to two stripes; where nobody waits for single releases, up to four. The last ones
+        are short, so that all measurers end at the same time.
         """
-        if not self.fused:
-            return self.stripe
-        return max(self.stripe, min(4 * self.stripe, (total - block) // 2))
+        most = 4 * self.stripe if self.fused else min(2 * self.stripe, block)
+        return max(self.stripe, min(most, (total - block) // 2))
 
     def span(self, domain: int, start: int, count: int) -> Span:
         """``count`` blocks of a domain, for the hasher."""
