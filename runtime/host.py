@@ -122,6 +122,7 @@ class Runtime:
         self._usable = True
         self._forked = False
         self._enclaves: set[Enclave] = set()
+        self._by_generation: dict[int, Enclave] = {}
         self.arena = Arena(
             epc_pages,
             slots,
@@ -238,6 +239,7 @@ class Runtime:
             raise
         with self._lock:
             self._enclaves.add(enclave)
+            self._by_generation[enclave.generation] = enclave
         return enclave
 
     def _session_maker(
@@ -323,17 +325,17 @@ class Runtime:
         """An enclave has ended."""
         with self._lock:
             self._enclaves.discard(enclave)
+            self._by_generation.pop(enclave.generation, None)
 
     def _on_news(self, worker: int, news: News) -> None:
         if news.kind == SCRUBBED:
             self.arena.collect()
             return
         name = "copy" if news.kind == COPIED else "measure"
-        with self._lock:
-            enclaves = list(self._enclaves)
-        for enclave in enclaves:
-            if enclave.generation == news.generation:
-                enclave.timeline.add(name, f"worker {worker}", news.start, news.end, news.pages)
+        enclave = self._by_generation.get(news.generation)
+        if enclave is not None:
+            enclave.timeline.add(name, f"worker {worker}", news.start, news.end, news.pages)
+            enclave.notify()
 
     def _on_change(self) -> None:
         with self._lock:

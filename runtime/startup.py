@@ -67,8 +67,8 @@ COPY_PIECE: Final = 256  # pages a copy step of `enturbo`: published together
 SGX_BLOCK: Final = 16  # pages released together when there is one chain; no part of the value
 ALONE_PAGES: Final = 64  # up to 256 KiB the host is done before a worker has woken up
 HELP_NAP: Final = 0.002  # seconds between looks while others hold all that is left
-LOOK_NAP: Final = 0.01  # the same while workers do it all; they wake the host when a pair is finished
-IDLE_LOOKS: Final = 3  # looks in a row at which nothing has moved in any launch
+LOOK_NAP: Final = 0.05  # the same while workers do it all; they wake the host when they are through
+IDLE_LOOKS: Final = 2  # looks in a row at which nothing has moved in any launch
 MAX_STALLS: Final = 3  # progress deadlines in a row before the launch is given up
 
 Preference = Literal["start", "verified"]

@@ -55,8 +55,8 @@ class _Worker:
 
 
 class Pool:
-    """``count`` workers on ``memory``. ``on_news`` hears of spans, ``on_change`` of anything that may
-    let a waiting start go on: news, a death."""
+    """``count`` workers on ``memory``. ``on_news`` hears of spans, ``on_change`` of what concerns every start:
+    a worker that is ready, a death."""
 
     def __init__(
         self,
@@ -171,21 +171,19 @@ class Pool:
                 for fd in (worker.bell.fileno(), worker.pidfd):
                     owner[fd] = worker
                     poll.register(fd, select.POLLIN)
-        changed = False
         dead: dict[int, _Worker] = {}
         for fd, _ in poll.poll():
             if fd == self._wake_r:
                 os.read(self._wake_r, 4096)
                 continue
             worker = owner[fd]
-            changed = True
             if fd == worker.pidfd:
                 dead[worker.index] = worker
             else:
                 self._read_news(worker)
         for worker in dead.values():
             self._bury(worker)
-        if changed:
+        if dead:
             self._on_change()
 
     def _read_news(self, worker: _Worker) -> None:
@@ -202,6 +200,7 @@ class Pool:
             if news.kind == READY:
                 worker.ready = True
                 self._boot_failures = 0
+                self._on_change()
             elif news.kind == WARM:
                 worker.warm = True
             else:

@@ -64,7 +64,7 @@ class Worker:
             on_span=self._report,
             fault=faults.from_environment(),
         )
-        self._spans: dict[int, News] = {}  # not sent yet, by kind
+        self._spans: dict[tuple[int, int], News] = {}  # not sent yet, by kind and generation
         self._mapped = 0  # bytes of the EPC that are in this process's page tables
         self._trimmed = True
 
@@ -120,6 +120,8 @@ class Worker:
                     break
             if outcome is Outcome.WORKED:
                 return outcome
+            # What this launch's start waits for may be that: tell it now, not when all launches are done.
+            self._flush()
             if outcome is Outcome.WAITING or (outcome is Outcome.BUSY and state is Outcome.FINISHED):
                 state = outcome
         return state
@@ -171,23 +173,25 @@ class Worker:
     def _report(
         self, kind: int, slot: int, generation: int, pages: int, start: int, end: int, finished: bool
     ) -> None:
-        """Merge stripes of a kind that follow one another into one span; tell when it ends or a pair is done.
+        """Merge stripes of a launch that follow one another into one span a kind.
 
-        Each message wakes the host, which costs a measurer on the same core a twentieth of a stripe.
+        It is told when it ends: with the launch, or where this worker turns to another one. Each message wakes
+        the host, which costs a measurer on the same core a twentieth of a stripe.
         """
-        span = self._spans.get(kind)
-        if span is not None and (span.generation != generation or start - span.end > MERGE_NS):
-            self._flush()
+        key = kind, generation
+        span = self._spans.get(key)
+        if span is not None and start - span.end > MERGE_NS:
+            self._send(self._spans.pop(key))
             span = None
         if span is not None:
             pages, start = span.pages + pages, span.start
-        self._spans[kind] = News(kind, slot, generation, pages, start, end, int(finished))
-        if finished:
-            self._flush()
+            finished = finished or bool(span.finished)
+        self._spans[key] = News(kind, slot, generation, pages, start, end, int(finished))
 
     def _flush(self) -> None:
-        for kind in list(self._spans):
-            self._send(self._spans.pop(kind))
+        spans, self._spans = self._spans, {}
+        for span in spans.values():
+            self._send(span)
 
     def _send(self, news: News) -> None:
         # A full or closed socket loses news, never work; a closed one ends us at the next wait.
