@@ -30,7 +30,7 @@ from ..shm.memory import Memory
 from ..workers.copying import zero
 from ..workers.measure import Measurer
 from ..workers.sha256 import Hasher
-from ..workers.view import Outcome, block_totals
+from ..workers.view import Outcome, filled_rows
 
 log = logging.getLogger("enturbo.arena")
 
@@ -253,9 +253,7 @@ class Arena:
 
     def _is_scrubbed(self, place: Place) -> bool:
         launch = self._scrubbing(place)
-        return bool(
-            (self.memory.launches.copied[place.slot, : launch.pairs] >= block_totals(launch)[::2]).all()
-        )
+        return bool((self.memory.launches.copied[place.slot, : launch.claims] >= filled_rows(launch)).all())
 
     @staticmethod
     def _scrubbing(place: Place) -> Launch:

@@ -23,6 +23,7 @@ from ..shm.errors import EnclaveDestroyed, EnturboError, LaunchTimeout, NoHandle
 from ..workers.pool import describe_status
 from .session import Session
 from .startup import Start, Strategy
+from .threads import Task
 from .trace import Timeline
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ class Enclave:
         self._ended = threading.Event()  # process gone, pages back
         self._end_lock = threading.Lock()
         self._session = session(self) if session is not None else None
-        self._thread = threading.Thread(
-            target=self._run, name=f"enturbo-start-{start.place.generation}", daemon=True
-        )
+        self._thread = Task(host.threads, self._run, f"enturbo-start-{start.place.generation}")
 
     # -------------------------------------------------------------------------------------- what users see
 
@@ -156,9 +155,9 @@ class Enclave:
         """
         self._closed = True
         self._start.cancel()
-        if self._thread.ident is None:
+        if not self._thread.started:
             self._start.close()  # it never began
-        elif self._thread is not threading.current_thread():
+        elif not self._thread.is_current:
             self._thread.join(CLOSE_SECONDS)
         self._end(EnclaveDestroyed("the enclave was closed"), EnclaveState.DESTROYED)
         self._ended.wait(CLOSE_SECONDS)
@@ -193,7 +192,11 @@ class Enclave:
 
     def _run(self) -> None:
         try:
-            self._carry_out()
+            self._host.count_starting(1)
+            try:
+                self._carry_out()
+            finally:
+                self._host.count_starting(-1)
         except EnturboError as error:
             self._reject(error)
         except Exception as error:
@@ -264,7 +267,7 @@ class Enclave:
                 error = _with_status(error, self._session, by_itself=not self._closed)
                 self._session.close()
             # A start thread that did not unwind in time might still copy: its pages are not reused.
-            unwound = self._thread is threading.current_thread() or not self._thread.is_alive()
+            unwound = self._thread.is_current or not self._thread.is_alive()
             self._host.arena.reclaim(self._start.place, gone and unwound, shared=self._start.shared)
             with self._condition:
                 if (self._error is None and self._mrenclave is None) or state is EnclaveState.REJECTED:

@@ -38,6 +38,7 @@ from .session import DEFAULT_OUTPUT_LIMIT, SPAWN_SECONDS, Channel, Ocalls, Sessi
 from .sigstruct import Sigstruct
 from .sizes import parse_size
 from .startup import PREFERENCES, STARTUPS, Preference, Start, Strategy
+from .threads import Threads
 from .trace import Timeline
 from .trust import check_trust
 
@@ -118,6 +119,7 @@ class Runtime:
             raise EnturboError("epc: expected at least one page")
         self._lock = threading.Lock()
         self._launched = threading.Condition(self._lock)
+        self.starting = 0  # launches that are being copied and measured
         self._launching = 0  # launches that have a place and are not registered yet
         self._usable = True
         self._forked = False
@@ -136,6 +138,7 @@ class Runtime:
             self.memory, self.workers, self.hasher.name, on_news=self._on_news, on_change=self._on_change
         )
         self._zygote = Zygote()
+        self.threads = Threads("enturbo-start")
         _runtimes.add(self)
         try:
             self.arena.start()
@@ -298,6 +301,11 @@ class Runtime:
         """Workers that died since the runtime began."""
         return self._pool.deaths
 
+    def count_starting(self, change: int) -> None:
+        """A start begins (1) or ends (-1)."""
+        with self._lock:
+            self.starting += change
+
     @property
     def has_idle_cores(self) -> bool:
         """Whether fewer workers run than there are cores: then a host thread that measures disturbs
@@ -390,6 +398,7 @@ class Runtime:
             enclaves = list(self._enclaves)
         for enclave in enclaves:
             enclave.close()
+        self.threads.close()
         self._pool.close()
         self._zygote.close(END_SECONDS)
         self.arena.close()

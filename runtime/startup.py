@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ from ..shm.smc import Smc
 from ..workers import records
 from ..workers.measure import Measurer, settled
 from ..workers.protocol import COPIED
-from ..workers.view import Outcome, block_totals
+from ..workers.view import Outcome, filled_rows
 from .arena import Place
 from .measurement import Measurement
 from .region import Region
@@ -66,6 +67,7 @@ SERIAL_ROWS: Final = 8  # or so many blocks of every domain, so that each lane h
 COPY_PIECE: Final = 256  # pages a copy step of `enturbo`: published together
 SGX_BLOCK: Final = 16  # pages released together when there is one chain; no part of the value
 ALONE_PAGES: Final = 64  # up to 256 KiB the host is done before a worker has woken up
+GROUP_PAGES: Final = 512  # 1 ms of a measurer
 HELP_NAP: Final = 0.002  # seconds between looks while others hold all that is left
 LOOK_NAP: Final = 0.05  # the same while workers do it all; they wake the host when they are through
 IDLE_LOOKS: Final = 2  # looks in a row at which nothing has moved in any launch
@@ -106,7 +108,6 @@ class Start:
         self._claims = Claims(host.memory.control_segment.fd)
         self._measurer = Measurer(host.memory, self._claims, host.hasher, on_span=self._on_span)
         self.page_count = image.page_count
-        self.copy_mode = COPY_BY_HOST
         self.shared = False  # workers may have claimed something
         # Ours: launches name it to workers, and the image may be closed meanwhile.
         self._source_fd = -1 if image.backing is None else os.dup(image.backing.fd)
@@ -114,9 +115,9 @@ class Start:
 
     # ------------------------------------------------------------------------------------------- opening
 
-    @property
+    @cached_property
     def launch(self) -> Launch:
-        """The launch table's row: what is measured comes from the trusted measurement."""
+        """The launch table's row as it is opened: what is measured comes from the trusted measurement."""
         sgx = self.measurement.scheme == "sgx"
         return Launch(
             generation=self.place.generation,
@@ -127,7 +128,7 @@ class Start:
             page_count=self.page_count,
             size=self.image.size,
             ssa_frame_size=self.image.ssa_frame_size,
-            copy_mode=self.copy_mode,
+            copy_mode=COPY_BY_HOST,
             source_fd=self._source_fd if self._source_fd >= 0 else NO_SOURCE,
         )
 
@@ -145,7 +146,11 @@ class Start:
         EAUG pages are zero (every free page is) and belong to no record: VALID at once.
         """
         epcm, place = self.host.memory.epcm, self.place
-        self.copy_mode, self.shared = copy_mode, measurers > 0
+        self.shared = measurers > 0
+        self.launch = self.launch._replace(copy_mode=copy_mode)
+        if measurers and self.host.starting > self.host.workers:
+            # Workers have launches enough to share out: larger claims of each cost less.
+            self.launch = self.launch._replace(group=group_of(self.launch))
         index = place.first_page
         for region in (*self.image.regions, *self.image.dynamic):
             epcm.describe(
@@ -286,10 +291,10 @@ class Start:
 
     def _note_copied(self) -> None:
         """Where holders of claims copy: the moment at which all is VALID."""
+        launch = self.launch
         if self.timeline.copied is None:
-            launch = self.launch
-            copied = self.host.memory.launches.copied[self.place.slot, : launch.pairs]
-            if bool((copied >= block_totals(launch)[::2]).all()):
+            copied = self.host.memory.launches.copied[self.place.slot, : launch.claims].tolist()
+            if all(done >= rows for done, rows in zip(copied, filled_rows(launch), strict=True)):
                 self.timeline.copied = time.monotonic_ns()
                 self.on_copied()
 
@@ -384,6 +389,14 @@ class Start:
         fd, self._source_fd = self._source_fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def group_of(launch: Launch) -> int:
+    """Pairs a claim must cover to be worth it: as many as come to :data:`GROUP_PAGES`, or all."""
+    each, group = max(1, launch.page_count // launch.pairs), 1
+    while group < launch.pairs and 2 * group * each <= GROUP_PAGES:
+        group *= 2
+    return group
 
 
 class Strategy(Protocol):

@@ -1,9 +1,10 @@
 """The launch table: one slot a starting or running enclave, its claims, and how a slot opens and closes.
 
-A *claim* gives its holder one pair of hash domains of one launch. It is an open-file-description lock
-(``F_OFD_SETLK``) on one byte, so the kernel takes it back when its holder dies, at whatever instruction.
-Locks exclude each other only between different descriptions: every role that claims opens its own
-(each worker, each host thread that measures, each closer).
+A *claim* gives its holder one pair of hash domains of one launch, or a few neighbouring pairs where each is
+too little to be worth a claim (``group``). It is an open-file-description lock (``F_OFD_SETLK``) on a byte a
+pair, so the kernel takes it back when its holder dies, at whatever instruction. Locks exclude each other only
+between different descriptions: every role that claims opens its own (each worker, each host thread that
+measures, each closer).
 
     open   range held: header, SMC reset, fault 0 -> generation (the launch exists) -> range given back
     claim  lock one byte -> look at the generation again -> work -> unlock
@@ -57,11 +58,22 @@ class Launch(NamedTuple):
     ssa_frame_size: int
     copy_mode: int
     source_fd: int = NO_SOURCE  # the host's descriptor of the image's file
+    group: int = 1  # pairs that one claim covers; a power of two
 
     @property
     def pairs(self) -> int:
-        """Claims of this launch."""
+        """Pairs of hash domains; one domain alone counts as a pair."""
         return (self.domains + 1) // 2
+
+    @property
+    def claims(self) -> int:
+        """Claims of this launch."""
+        return self.pairs // self.group
+
+    @property
+    def claim_domains(self) -> int:
+        """Hash domains that one claim covers."""
+        return min(2 * self.group, self.domains)
 
 
 class LaunchTable:
@@ -78,7 +90,8 @@ class LaunchTable:
         self.fault: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["fault"]
         self.fault_reason: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["fault_reason"]
         self.copy_mode: np.ndarray[Any, np.dtype[np.uint32]] = self._rows["copy_mode"]
-        # Rows that each pair's holders have copied, slot by pair: a hint that spares looking at the EPCM.
+        # Rows that the holders of each claim have copied, slot by claim: a hint that spares looking at the
+        # EPCM.
         self.copied: np.ndarray[Any, np.dtype[np.uint32]] = np.ndarray(
             (slots, MAX_PAIRS), "<u4", buffer, LAUNCH.offset("copied"), (LAUNCH_SLOT_SIZE, 4)
         )
@@ -190,13 +203,14 @@ class Claims:
         self._ranges: set[int] = set()
         _descriptions.add(self)
 
-    def claim(self, slot: int, pair: int) -> bool:
-        """Take the claim of ``pair``; False when another description holds it."""
-        return self._lock(fcntl.F_WRLCK, slot * CLAIM_BYTES + pair, 1)
+    def claim(self, slot: int, number: int, group: int = 1) -> bool:
+        """Take the claim ``number``, which covers ``group`` pairs; False when another description holds any
+        of them."""
+        return self._lock(fcntl.F_WRLCK, slot * CLAIM_BYTES + number * group, group)
 
-    def give_back(self, slot: int, pair: int) -> None:
+    def give_back(self, slot: int, number: int, group: int = 1) -> None:
         """Give one claim back. The next holder sees all stores made before this."""
-        self._lock(fcntl.F_UNLCK, slot * CLAIM_BYTES + pair, 1)
+        self._lock(fcntl.F_UNLCK, slot * CLAIM_BYTES + number * group, group)
 
     def take_range(self, slot: int) -> bool:
         """Take all claims of the slot at once; False when anybody else holds one of them."""

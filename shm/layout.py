@@ -137,11 +137,13 @@ LAUNCH = Record(
         # Written by the host while the launch is open.
         ("measurers", "I", 52),  # workers with a slot below this may claim
         ("copy_aborted", "I", 56),  # = generation: the copy failed, wait for nothing
+        ("group", "I", 60),  # pairs that one claim covers, neighbours; never changes within a launch
         ("copy_front", "Q", 64),  # pages VALID so far, where the host copies (a hint: see EPCM_ENTRY.valid)
         # Written by any measurer, `fault` last: the launch must be rejected.
         ("fault", "I", 72),  # = generation
         ("fault_reason", "I", 76),
-        # Written by the holder of a pair's claim: rows copied (a hint: VALID itself stands in the EPCM).
+        # Written by the holder of a claim: rows copied of its pairs (a hint: VALID itself stands in the
+        # EPCM).
         ("copied", "64s", 128),  # MAX_PAIRS u32
     ),
 )

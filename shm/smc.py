@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from .dtypes import SMC_PROGRESS_DTYPE
+from .dtypes import SMC_PROGRESS_DTYPE, SMC_RESULT_DTYPE
 from .layout import (
     FINAL_BIT,
     MAX_DOMAINS,
@@ -130,11 +130,22 @@ class Smc:
             _CHECKSUM.pack_into(self._buffer, at + len(body), xxhash.xxh32_intdigest(body, generation))
 
     def final_digests(self, domains: int, generation: int) -> list[bytes | None]:
-        """The final digest of each domain; None where the newest valid result is none."""
+        """The final digest of each domain; None where the newest valid result is none.
+
+        As :meth:`newest` for all at once: a final result does not change any more.
+        """
+        rows = np.frombuffer(self._buffer, SMC_RESULT_DTYPE, 2 * domains, SMC_RESULTS_AT)
+        lengths, sequences, checksums = (rows[name].tolist() for name in ("length", "sequence", "checksum"))
         digests: list[bytes | None] = []
         for domain in range(domains):
-            newest = self.newest(domain, generation)
-            digests.append(newest.state if newest is not None and newest.final else None)
+            row = 2 * domain + (sequences[2 * domain] < sequences[2 * domain + 1])
+            at = SMC_RESULTS_AT + row * SMC_RESULT.size
+            body = self._buffer[at : at + _BODY.size]
+            if lengths[row] & FINAL_BIT and checksums[row] == xxhash.xxh32_intdigest(body, generation):
+                digests.append(bytes(body[:32]))
+            else:
+                newest = self.newest(domain, generation)  # the other copy may be a whole one
+                digests.append(newest.state if newest is not None and newest.final else None)
         return digests
 
     def raise_released(self, domain: int, blocks: int, worker: int, incarnation: int) -> None:

@@ -335,11 +335,11 @@ def test_generation_is_looked_at_again_after_the_claim(bench: Callable[..., Benc
     measurer = it.measurer()
     claim = measurer.claims.claim
 
-    def claim_late(slot: int, pair: int) -> bool:
+    def claim_late(slot: int, pair: int, group: int = 1) -> bool:
         it.memory.launches.close_launch(slot)
-        return claim(slot, pair)
+        return claim(slot, pair, group)
 
-    measurer.claims.claim = claim_late  # type: ignore[method-assign]
+    measurer.claims.claim = claim_late  # type: ignore[method-assign, assignment]
     assert measurer.step(slot, 1) is Outcome.GONE
     assert not it.memory.epc.bytes.any()
     assert not (it.memory.epcm.entries["valid"] == 1).any()

@@ -74,6 +74,7 @@ PINNED: dict[str, tuple[layout.Record, np.dtype[Any] | None, int, dict[str, tupl
             "source_fd": (48, 4),
             "measurers": (52, 4),
             "copy_aborted": (56, 4),
+            "group": (60, 4),
             "copy_front": (64, 8),
             "fault": (72, 4),
             "fault_reason": (76, 4),

@@ -297,15 +297,15 @@ def test_generation_is_looked_at_again_after_the_claim(bench: Callable[..., Benc
     measurer = it.measurer()
     claim = measurer.claims.claim
 
-    def claim_late(slot: int, pair: int) -> bool:
+    def claim_late(slot: int, pair: int, group: int = 1) -> bool:
         it.memory.launches.close_launch(0)
         with Claims(it.memory.control_segment.fd) as closer:
             assert closer.take_range(0)
         before.append(bytes(it.memory.control_segment.view[PAGE_SIZE : 2 * PAGE_SIZE]))
-        return claim(slot, pair)
+        return claim(slot, pair, group)
 
     before: list[bytes] = []
-    measurer.claims.claim = claim_late  # type: ignore[method-assign]
+    measurer.claims.claim = claim_late  # type: ignore[method-assign, assignment]
     assert measurer.step(0, 1) is Outcome.GONE
     assert bytes(it.memory.control_segment.view[PAGE_SIZE : 2 * PAGE_SIZE]) == before[0]
     assert not it.released().any()

@@ -167,7 +167,7 @@ class Filler:
         if not view.can_fill:
             return Outcome.WAITING
         for pair in pairs:
-            if not self.claims.claim(view.slot, pair):
+            if not self.claims.claim(view.slot, pair, view.launch.group):
                 continue
             try:
                 # Only a generation that is read after the claim counts; see enturbo.shm.launches.
@@ -175,7 +175,7 @@ class Filler:
                     return Outcome.GONE
                 return self.fill(view, pair, int(view.copied[pair]) + FILL_ROWS)
             finally:
-                self.claims.give_back(view.slot, pair)
+                self.claims.give_back(view.slot, pair, view.launch.group)
         return Outcome.BUSY
 
     def fill(self, view: View, pair: int, until: int) -> Outcome:
@@ -196,7 +196,7 @@ class Filler:
                 fill_rows(self.memory, view, pair, start, until, self._source(view))
                 # A copier that dies here leaves rows that are not VALID: nobody has looked at their bytes.
                 self._point("filled")
-                rows = view.rows(2 * pair, len(view.domains(pair)))
+                rows = view.rows(pair * view.width, view.width)
                 self.memory.epcm.set_valid_rows(rows, start, until, view.generation)
                 self._point("valid")
                 _, count = view.row_of(pair, until - 1)

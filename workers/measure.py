@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from ..shm.launches import Claims, Launch
@@ -148,7 +148,7 @@ class Measurer:
                 if view.launch.copy_mode == COPY_BY_HOST:
                     break  # copied in ascending order: the other pairs wait for later pages
                 continue
-            if not self.claims.claim(view.slot, pair):
+            if not self.claims.claim(view.slot, pair, view.launch.group):
                 continue
             held = [(view, pair)]
             try:
@@ -156,7 +156,7 @@ class Measurer:
                 done, measured = self._work(held)
             finally:
                 for each, number in held:
-                    self.claims.give_back(each.slot, number)
+                    self.claims.give_back(each.slot, number, each.launch.group)
             if done is not Outcome.WORKED:
                 return done
             outcome = done
@@ -202,12 +202,10 @@ class Measurer:
 
         Between the two a worker may die; then another claims the pair to release the rest.
         """
-        for domain in view.domains(pair):
-            total = view.totals[domain]
-            if view.smc.blocks_released(domain) != total:
-                return False
-            if not self._is_block_released(view, domain, total - 1):
-                return False
+        if not view.is_through(pair):
+            return False
+        if not self.memory.epcm.all_released(view.last_pages[pair], view.generation):
+            return False
         view.finished[pair] = True
         return True
 
@@ -305,7 +303,7 @@ class Measurer:
         while first > 0 and not self._is_block_released(view, domain, first - 1):
             first -= 1
         if first < blocks:
-            self._release(view, domain, first, blocks)
+            self._release(view, domain, 1, first, blocks)
 
     def _advance(self, held: Sequence[_Domain]) -> dict[int, int]:
         """Hash the blocks that are VALID, at most a stripe a domain; pages measured, by slot."""
@@ -344,8 +342,9 @@ class Measurer:
         for domain, blocks in results:
             domain.view.smc.raise_released(domain.number, blocks, self.worker, self.incarnation)
         self._point("raised")
-        for domain, blocks in results:
-            self._release(domain.view, domain.number, domain.blocks, blocks)
+        for run in _runs(results):
+            domain, blocks = run[0]
+            self._release(domain.view, domain.number, len(run), domain.blocks, blocks)
 
     def _run_to_end(self, view: View, pair: int, held: Sequence[_Domain]) -> dict[int, int] | None:
         """For hashers without midstates: each domain to its digest, waiting for VALID inside the claim.
@@ -392,10 +391,28 @@ class Measurer:
             count += 1
         return count
 
-    def _release(self, view: View, domain: int, start: int, end: int) -> None:
-        """Ascending, so that a block's last page tells of all that stand before it."""
-        self.memory.epcm.release_rows(view.rows(domain, 1), start, end, view.generation)
+    def _release(self, view: View, first: int, domains: int, start: int, end: int) -> None:
+        """The blocks ``start`` .. ``end`` - 1 of neighbouring domains, ascending: a block's last page tells
+        of
+        all that stand before it."""
+        self.memory.epcm.release_rows(view.rows(first, domains), start, end, view.generation)
 
     def _point(self, name: str) -> None:
         if self._fault is not None:
             self._fault(name)
+
+
+def _runs(results: Sequence[tuple[_Domain, int]]) -> Iterator[Sequence[tuple[_Domain, int]]]:
+    """Neighbouring domains of one launch whose blocks go from and to the same number: rows of pages."""
+    start = 0
+    for at in range(1, len(results) + 1):
+        if at < len(results):
+            (before, upto), (domain, blocks) = results[at - 1], results[at]
+            if (
+                domain.view is before.view
+                and domain.number == before.number + 1
+                and (domain.blocks, blocks) == (before.blocks, upto)
+            ):
+                continue
+        yield results[start:at]
+        start = at

@@ -55,7 +55,8 @@ class _Worker:
 
 
 class Pool:
-    """``count`` workers on ``memory``. ``on_news`` hears of spans, ``on_change`` of what concerns every start:
+    """``count`` workers on ``memory``. ``on_news`` hears of spans, ``on_change`` of what concerns every
+    start:
     a worker that is ready, a death."""
 
     def __init__(

@@ -2,7 +2,8 @@
 
 Pages are striped over the domains by blocks, so the blocks of a domain recur at a stride of D * B pages, and
 the two blocks of a pair are neighbours. A *row* of a pair is one block of each of its domains: 2 * B pages
-that follow each other.
+that follow each other. Where a claim covers several pairs (``group``), "pair" means all of them, and its rows
+are that much wider.
 
     page   0      B      2B     3B            D*B
            | d 0  | d 1  | d 2  | d 3  | …     | d 0  | d 1  | …
@@ -12,7 +13,10 @@ that follow each other.
 from __future__ import annotations
 
 import enum
+import functools
 from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
 
 from ..shm.epcm import Rows
 from ..shm.launches import Launch
@@ -56,11 +60,22 @@ def block_totals(launch: Launch) -> list[int]:
     return [each + 1] * more + [each] * (launch.domains - more)
 
 
+def filled_rows(launch: Launch) -> list[int]:
+    """Rows of each claim: the blocks of its first domain, which never has fewer than the others."""
+    return block_totals(launch)[:: launch.claim_domains]
+
+
+@functools.lru_cache(maxsize=1024)
+def hashdom(domain: int, domains: int, block: int) -> bytes:
+    """:func:`enturbo.workers.records.hashdom`, remembered."""
+    return records.hashdom(domain, domains, block)
+
+
 def prefix(launch: Launch, domain: int) -> bytes:
     """The record with which the domain's stream begins."""
     if launch.scheme == SCHEME_SGX:
         return records.ecreate(launch.ssa_frame_size, launch.size)
-    return records.hashdom(domain, launch.domains, launch.block)
+    return hashdom(domain, launch.domains, launch.block)
 
 
 class View:
@@ -69,7 +84,7 @@ class View:
     def __init__(self, memory: Memory, slot: int, launch: Launch) -> None:
         self.slot, self.launch, self.generation = slot, launch, launch.generation
         self.smc = memory.launches.smc(slot)
-        self.copied = memory.launches.copied[slot, : launch.pairs]
+        self.copied = memory.launches.copied[slot, : launch.claims]
         self.stride = launch.domains * launch.block  # pages from a row to the next
         self.totals = block_totals(launch)
         first, count, size = launch.first_page, launch.page_count, EPCM_ENTRY.size
@@ -78,9 +93,19 @@ class View:
         )
         self.chains: dict[int, tuple[int, Chain]] = {}
         self.stripe = max(1, (STRIPE_PAGES if launch.domains > 1 else CHAIN_PAGES) // launch.block)
-        self.pair_rows = self.totals[::2]  # the first domain of a pair never has fewer blocks than the second
-        self.pair_totals = [sum(self.totals[first : first + 2]) for first in range(0, launch.domains, 2)]
+        self.width = launch.claim_domains
+        self.pair_rows = filled_rows(launch)
+        self.pair_totals = [
+            sum(self.totals[first : first + self.width]) for first in range(0, launch.domains, self.width)
+        ]
         self.finished = [total == 0 for total in self.pair_totals]  # settled when the launch was opened
+        # The EPC pages that are released last, by pair: those of domains that have any.
+        ends = np.array(
+            [self.block_end(d, total - 1) for d, total in enumerate(self.totals) if total], np.int64
+        )
+        self.last_pages = [
+            ends[pair * self.width : (pair + 1) * self.width] + (first - 1) for pair in range(launch.claims)
+        ]
         self._rows: dict[tuple[int, int], Rows] = {}
         self.fused = launch.copy_mode == COPY_FUSED
         self.filled = launch.copy_mode == COPY_BY_HOST  # nothing is left for holders of claims to copy
@@ -88,8 +113,8 @@ class View:
         self.source: Source | None = None  # the image's file, once something was copied from it
 
     def domains(self, pair: int) -> range:
-        """The domains of ``pair``: two, or one where D is 1."""
-        return range(2 * pair, min(2 * pair + 2, self.launch.domains))
+        """The domains of ``pair``: two, one where D is 1, more where claims cover several pairs."""
+        return range(pair * self.width, (pair + 1) * self.width)
 
     def block_start(self, domain: int, block: int) -> int:
         """Index, within the image, of the first page of the domain's ``block``-th block."""
@@ -101,9 +126,8 @@ class View:
 
     def row_of(self, pair: int, row: int) -> tuple[int, int]:
         """First page of a row of ``pair``, within the image, and how many there are."""
-        first = self.block_start(2 * pair, row)
-        width = self.launch.block * len(self.domains(pair))
-        return first, min(width, self.launch.page_count - first)
+        first = self.block_start(pair * self.width, row)
+        return first, min(self.launch.block * self.width, self.launch.page_count - first)
 
     def rows(self, first_domain: int, domains: int) -> Rows:
         """The blocks of ``domains`` neighbouring domains, as EPC pages."""
@@ -143,13 +167,19 @@ class View:
         last = start + count - 1
         return (count - 1) * self.launch.block + self.block_end(domain, last) - self.block_start(domain, last)
 
+    def is_through(self, pair: int) -> bool:
+        """Whether all results of ``pair`` were there when somebody began to release what they cover."""
+        first = pair * self.width
+        released = self.smc.released[first : first + self.width].tolist()
+        return bool(released == self.totals[first : first + self.width])
+
     def order(self) -> Order:
         """Pairs not known to be finished, the one with the least progress first; True: it may be by now."""
         # Plain integers: for sixteen of them numpy's calls cost more than they save.
         released = self.smc.released.tolist()
-        width = len(self.domains(0))
+        width = self.width
         progress = [sum(released[first : first + width]) for first in range(0, self.launch.domains, width)]
-        pairs = [pair for pair in range(self.launch.pairs) if not self.finished[pair]]
+        pairs = [pair for pair in range(len(progress)) if not self.finished[pair]]
         pairs.sort(key=progress.__getitem__)
         return [(pair, progress[pair] == self.pair_totals[pair]) for pair in pairs]
 

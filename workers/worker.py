@@ -175,8 +175,8 @@ class Worker:
     ) -> None:
         """Merge stripes of a launch that follow one another into one span a kind.
 
-        It is told when it ends: with the launch, or where this worker turns to another one. Each message wakes
-        the host, which costs a measurer on the same core a twentieth of a stripe.
+        It is told when it ends: with the launch, or where this worker turns to another one. Each message
+        wakes the host, which costs a measurer on the same core a twentieth of a stripe.
         """
         key = kind, generation
         span = self._spans.get(key)
