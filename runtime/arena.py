@@ -251,6 +251,18 @@ class Arena:
                     self._quarantine(place)
                 self._freed.notify_all()
 
+    def wait_scrubbed(self, timeout: float) -> bool:
+        """Wait until nothing is dirty; False past ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        self.collect()
+        with self._freed:
+            while self._dirty or self._freeing:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._freed.wait(left)
+        return True
+
     def _is_scrubbed(self, place: Place) -> bool:
         launch = self._scrubbing(place)
         return bool((self.memory.launches.copied[place.slot, : launch.claims] >= filled_rows(launch)).all())

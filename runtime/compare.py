@@ -207,6 +207,7 @@ def compare(
     rows = [Row(each.combination, each.sigstruct.enclavehash) for each in candidates]
     for number in range(-1 if warm_up else 0, rounds):
         for row, candidate in zip(rows, candidates, strict=True):
+            runtime.wait_scrubbed()  # what the last one left is no part of this one's start
             sample, answers = start_once(runtime, candidate, event)
             if number >= 0:
                 row.samples.append(sample)

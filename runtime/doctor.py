@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from ..shm.errors import EnturboError
 from ..shm.layout import EPCM_ENTRY, PAGE_SIZE, SMC_SIZE
-from ..shm.segment import SHM_DIRECTORY
+from ..shm.mapping import HUGE_PAGE
+from ..shm.segment import SHM_DIRECTORY, Segment
 from ..workers.sha256 import get_hasher, hasher_report
 
 CPU_FLAGS: Final = ("sha_ni", "avx2", "avx512f")
@@ -117,7 +118,19 @@ def _shared_memory() -> dict[str, Any]:
         "path": SHM_DIRECTORY,
         "size_bytes": room.f_blocks * room.f_frsize,
         "free_bytes": room.f_bavail * room.f_frsize,
+        "huge_pages": _grants_huge_pages(),
     }
+
+
+def _grants_huge_pages() -> bool:
+    """Whether the kernel makes an EPC of huge pages; tried on one."""
+    try:
+        segment = Segment.create(HUGE_PAGE)
+    except EnturboError:  # no room even for that
+        return False
+    granted = segment.huge > 0
+    segment.close()
+    return granted
 
 
 def _gates() -> dict[str, Any]:

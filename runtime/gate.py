@@ -13,6 +13,7 @@ no descriptor of either stays open. Standard library only; the zygote imports th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap as _mmap
 import time
@@ -25,6 +26,7 @@ from typing import Any, Final, Literal
 from ..shm import libc
 from ..shm.errors import EnturboError, GateTimeout
 from ..shm.layout import EPCM_ENTRY, PAGE_SIZE
+from ..shm.mapping import HUGE_PAGE, reserve
 
 SECINFO_R: Final = 1
 SECINFO_W: Final = 2
@@ -248,7 +250,9 @@ def map_enclave(spec: EnclaveSpec, epc_rw: int, epc_ro: int, epcm_ro: int) -> Ga
     """Map an enclave's pages and EPCM entries; the caller closes the three descriptors directly after.
 
     The linear range is reserved first and each run placed into it, so page offsets are what the image says.
-    Children do not inherit the pages. Raises OSError, or EnturboError where pages are not 4 KiB.
+    Its largest run stands at an address that allows huge pages, where the EPC has them: that run then costs a
+    fault for two MiB. Children do not inherit the pages. Raises OSError, or EnturboError where pages are not
+    4 KiB.
     """
     if _mmap.PAGESIZE != PAGE_SIZE:
         raise EnturboError(
@@ -256,12 +260,17 @@ def map_enclave(spec: EnclaveSpec, epc_rw: int, epc_ro: int, epcm_ro: int) -> Ga
         )
     first = min(run.linear for run in spec.runs)
     span = (max(run.linear + run.count for run in spec.runs) - first) * PAGE_SIZE
-    reserved = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
-    base = libc.mmap(None, span, libc.PROT_NONE, reserved)
+    largest = max(spec.runs, key=lambda run: 0 if run.dynamic else run.count)
+    shift = spec.first_page + largest.index - (largest.linear - first)
+    base = reserve(span, shift * PAGE_SIZE % HUGE_PAGE)
     for run in spec.runs:
         if run.count and run.flags & (SECINFO_R | SECINFO_W):
             address = base + (run.linear - first) * PAGE_SIZE
             _map_run(run, address, (spec.first_page + run.index) * PAGE_SIZE, epc_rw, epc_ro)
+            if run.dynamic:
+                # First touches are counted by page (EAUG).
+                with contextlib.suppress(OSError):
+                    libc.madvise(address, run.count * PAGE_SIZE, libc.MADV_NOHUGEPAGE)
     libc.madvise(base, span, libc.MADV_DONTFORK)
     return Gate(spec, libc.memory(base, span), _map_entries(spec, epcm_ro), first)
 

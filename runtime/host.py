@@ -26,7 +26,7 @@ from ..shm.layout import PAGE_SIZE
 from ..shm.memory import DEFAULT_SLOTS
 from ..workers.copying import copy_into
 from ..workers.pool import Pool
-from ..workers.protocol import COPIED, SCRUBBED, News
+from ..workers.protocol import BLIND, COPIED, SCRUBBED, News
 from ..workers.sha256 import get_hasher
 from .arena import Arena, Place
 from .enclave import Enclave
@@ -139,6 +139,7 @@ class Runtime:
         )
         self._zygote = Zygote()
         self.threads = Threads("enturbo-start")
+        self.workers_see_files = True  # until one of them has been refused the descriptors of this process
         _runtimes.add(self)
         try:
             self.arena.start()
@@ -339,6 +340,9 @@ class Runtime:
         if news.kind == SCRUBBED:
             self.arena.collect()
             return
+        if news.kind == BLIND:
+            self.workers_see_files = False
+            return
         name = "copy" if news.kind == COPIED else "measure"
         enclave = self._by_generation.get(news.generation)
         if enclave is not None:
@@ -387,6 +391,14 @@ class Runtime:
         deadline = time.monotonic() + timeout
         mapped = self.arena.wait_mapped(timeout)
         return self._pool.wait_warm(max(0.0, deadline - time.monotonic())) and mapped
+
+    def wait_scrubbed(self, timeout: float = 10.0) -> bool:
+        """Wait until no pages of ended launches are left to be scrubbed; False past ``timeout`` seconds.
+
+        For measurements alone: a launch takes clean pages where there are some, and helps where there are
+        none.
+        """
+        return self.arena.wait_scrubbed(timeout)
 
     def close(self) -> None:
         """End all enclaves, workers and the zygote, give all shared memory back. Twice is fine."""

@@ -135,8 +135,9 @@ class Start:
     @property
     def is_readable(self) -> bool:
         """Whether any process can copy the image: from its file, or because there are no bytes to copy."""
+        has_file = self._source_fd >= 0 and self.host.workers_see_files
         return all(
-            region.content is None or (region.file_page is not None and self._source_fd >= 0)
+            region.content is None or (region.file_page is not None and has_file)
             for region in self.image.regions
         )
 

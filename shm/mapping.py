@@ -35,20 +35,26 @@ def map_shared(fd: int, size: int, *, writable: bool = True) -> memoryview:
 def _aligned(fd: int, size: int, protection: int) -> int:
     if size < HUGE_PAGE:
         return libc.mmap(None, size, protection, libc.MAP_SHARED, fd)
-    # Whole pages: the kernel unmaps no less, and what is cut off below must not be the mapping's own end.
-    length = -(-size // PAGE_SIZE) * PAGE_SIZE
-    reserved = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
-    base = libc.mmap(None, length + HUGE_PAGE, libc.PROT_NONE, reserved)
-    address = -(-base // HUGE_PAGE) * HUGE_PAGE
+    address = reserve(size, 0)
     try:
-        libc.mmap(address, size, protection, libc.MAP_SHARED | libc.MAP_FIXED, fd)
+        return libc.mmap(address, size, protection, libc.MAP_SHARED | libc.MAP_FIXED, fd)
     except OSError:
-        libc.munmap(base, length + HUGE_PAGE)
+        libc.munmap(address, -(-size // PAGE_SIZE) * PAGE_SIZE)
         raise
+
+
+def reserve(size: int, remainder: int) -> int:
+    """Reserve address space for ``size`` bytes, inaccessible; the address is ``remainder`` modulo two MiB.
+
+    ``remainder``: a multiple of the page size. Raises OSError.
+    """
+    size = -(-size // PAGE_SIZE) * PAGE_SIZE
+    flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+    base = libc.mmap(None, size + HUGE_PAGE, libc.PROT_NONE, flags)
+    address = base + (remainder - base) % HUGE_PAGE
     if address > base:
         libc.munmap(base, address - base)
-    if address < base + HUGE_PAGE:
-        libc.munmap(address + length, base + HUGE_PAGE - address)
+    libc.munmap(address + size, base + HUGE_PAGE - address)
     return address
 
 

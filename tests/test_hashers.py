@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from enturbo.shm.dtypes import EPCM_DTYPE
 from enturbo.shm.errors import EnturboError
-from enturbo.workers import records
+from enturbo.workers import copying, records
 from enturbo.workers.sha256 import (
     Chain,
     EaddSpan,
@@ -320,3 +320,27 @@ def test_non_temporal_copy(size: int, offset: int) -> None:
     if size > 1:
         with pytest.raises(ValueError, match="overlap"):
             native.copy_nt(memoryview(target)[1 : size + 1], memoryview(target)[:size])
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_rows_are_copied_and_nothing_between_them(
+    with_extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_extension:
+        monkeypatch.setattr(copying, "_copy_rows", None)
+    else:
+        pytest.importorskip("enturbo.workers._sha256", exc_type=ImportError)
+    source = np.random.default_rng(5).integers(0, 256, 5000, np.uint8).tobytes()
+    for width, stride, rows, offset in ((64, 64, 3, 0), (100, 700, 7, 3), (1, 2, 1, 1), (500, 500, 0, 0)):
+        target = bytearray(6000)
+        length = (rows - 1) * stride + width if rows else 0
+        copying.copy_rows(
+            memoryview(target)[offset : offset + length], memoryview(source)[:length], width, stride, rows
+        )
+        expected = bytearray(6000)
+        for at in range(0, rows * stride, stride):
+            expected[offset + at : offset + at + width] = source[at : at + width]
+        assert target == expected
+    for width, stride, rows in ((100, 100, 61), (6001, 6001, 1), (10, 5999, 3)):
+        with pytest.raises(ValueError, match="do not lie in"):
+            copying.copy_rows(memoryview(bytearray(6000)), memoryview(source), width, stride, rows)

@@ -25,7 +25,7 @@ from ..shm.layout import FAULT_SOURCE, NO_SOURCE, PAGE_SIZE, SCRUB, SOURCE_FILE,
 from ..shm.mapping import map_shared
 from ..shm.memory import Memory
 from .copying import copy_into, copy_rows, zero
-from .protocol import COPIED
+from .protocol import BLIND, COPIED
 from .view import OnSpan, Outcome, View
 
 log = logging.getLogger("enturbo.workers")
@@ -187,8 +187,7 @@ class Filler:
         if view.launch.copy_mode == SCRUB:
             return self._scrub(view, pair, until)
         begin = time.monotonic_ns()
-        start = int(view.copied[pair])
-        pages = 0
+        start, pages = int(view.copied[pair]), 0
         try:
             start, pages = self._pass_valid(view, pair, start, until)
             if start < until:
@@ -209,6 +208,8 @@ class Filler:
             # The host can always copy, so the launch goes on; this measurer takes part when pages are VALID.
             log.info("launch %d: its file is out of this process's reach: %s", view.generation, error)
             view.can_fill = False
+            if self._on_span is not None:
+                self._on_span(BLIND, view.slot, view.generation, 0, begin, begin, False)
             return Outcome.WAITING
         if until > int(view.copied[pair]):
             view.copied[pair] = until

@@ -46,7 +46,8 @@ class Outcome(enum.Enum):
 
 
 class OnSpan(Protocol):
-    """Told about each stripe: SPAN (measured) or COPIED, pages, CLOCK_MONOTONIC ns, and whether the pair is
+    """Told about each stripe: SPAN (measured) or COPIED (or BLIND), pages, CLOCK_MONOTONIC ns, and whether
+    the pair is
     finished."""
 
     def __call__(

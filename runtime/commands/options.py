@@ -30,6 +30,13 @@ class GateChoice(enum.StrEnum):
     EXECUTE = "execute"
 
 
+class Prefer(enum.StrEnum):
+    """Which end of the start matters more."""
+
+    START = "start"
+    VERIFIED = "verified"
+
+
 ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="An enclave file.", show_default=False)]
 ImageFiles = Annotated[list[Path], typer.Argument(metavar="FILE…", help="Enclave files.", show_default=False)]
 SigstructFile = Annotated[

@@ -49,6 +49,9 @@ def run(
     startup: Annotated[
         options.Startup, typer.Option(help="Who measures, and when.")
     ] = options.Startup.ENTURBO,
+    prefer: Annotated[
+        options.Prefer, typer.Option(help="Copy everything first (start), or as it is hashed (verified).")
+    ] = options.Prefer.START,
     gate: Annotated[
         options.GateChoice, typer.Option(help="What waits for a page's measurement.")
     ] = options.GateChoice.WRITE,
@@ -98,7 +101,7 @@ def run(
                 product_id=product_id,
                 gate=gate.value,
             ) as runtime,
-            runtime.launch(loaded, signed, startup=startup.value) as enclave,
+            runtime.launch(loaded, signed, startup=startup.value, prefer=prefer.value) as enclave,
         ):
             try:
                 result = _call(enclave, given, timeout, verbose)
