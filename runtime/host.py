@@ -26,7 +26,7 @@ from ..shm.layout import PAGE_SIZE
 from ..shm.memory import DEFAULT_SLOTS
 from ..workers.copying import copy_into
 from ..workers.pool import Pool
-from ..workers.protocol import BLIND, COPIED, SCRUBBED, News
+from ..workers.protocol import BLIND, COPIED, DONE, SCRUBBED, SPAN, News
 from ..workers.sha256 import get_hasher
 from .arena import Arena, Place
 from .enclave import Enclave
@@ -343,10 +343,14 @@ class Runtime:
         if news.kind == BLIND:
             self.workers_see_files = False
             return
-        name = "copy" if news.kind == COPIED else "measure"
         enclave = self._by_generation.get(news.generation)
-        if enclave is not None:
+        if enclave is None:
+            return
+        if news.kind in (COPIED, SPAN):
+            name = "copy" if news.kind == COPIED else "measure"
             enclave.timeline.add(name, f"worker {worker}", news.start, news.end, news.pages)
+        # What a start waits for; to wake it for each span would cost a measurer more than the span's worth.
+        if news.kind in (COPIED, DONE):
             enclave.notify()
 
     def _on_change(self) -> None:

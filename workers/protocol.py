@@ -15,6 +15,7 @@ SPAN: Final = 2
 COPIED: Final = 3
 WARM: Final = 4  # the worker has the whole EPC in its page tables
 SCRUBBED: Final = 5
+DONE: Final = 7  # the worker finds a launch finished: its start may go on
 BLIND: Final = 6  # the worker may not open the host's descriptors, so it cannot copy
 _NEWS = struct.Struct("<IIIIQQI4x")
 

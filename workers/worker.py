@@ -22,7 +22,7 @@ from ..shm.mapping import populate
 from ..shm.memory import Memory, MemoryFds
 from . import faults
 from .measure import Measurer, Partners
-from .protocol import READY, SCRUBBED, WARM, News
+from .protocol import DONE, READY, SCRUBBED, WARM, News
 from .sha256 import get_hasher
 from .view import Outcome
 
@@ -65,6 +65,7 @@ class Worker:
             fault=faults.from_environment(),
         )
         self._spans: dict[tuple[int, int], News] = {}  # not sent yet, by kind and generation
+        self._told = 0  # the launch that was last told to be finished
         self._mapped = 0  # bytes of the EPC that are in this process's page tables
         self._trimmed = True
 
@@ -120,8 +121,11 @@ class Worker:
                     break
             if outcome is Outcome.WORKED:
                 return outcome
-            # What this launch's start waits for may be that: tell it now, not when all launches are done.
-            self._flush()
+            if outcome is Outcome.FINISHED and generation != self._told:
+                # Its start waits for that: tell it now, not when all launches are done.
+                self._told = generation
+                self._flush()
+                self._send(News(DONE, slot, generation, 0, 0, 0, 1))
             if outcome is Outcome.WAITING or (outcome is Outcome.BUSY and state is Outcome.FINISHED):
                 state = outcome
         return state
