@@ -39,6 +39,11 @@ HEADER_LENGTH: Final = 64  # bytes hashed where nothing but the domain's first r
 _HEADER = struct.Struct("<QIIIIQI")
 
 
+def checksum_of(body: bytes | memoryview, generation: int) -> int:
+    """What stands behind a result of the launch ``generation``."""
+    return int(xxhash.xxh32_intdigest(body, generation))
+
+
 class Result(NamedTuple):
     """A domain's newest valid result.
 
@@ -99,7 +104,7 @@ class Smc:
             if sequence == 0:
                 continue
             begin = at + copy * SMC_RESULT.size
-            if checksum == xxhash.xxh32_intdigest(self._buffer[begin : begin + _BODY.size], generation):
+            if checksum == checksum_of(self._buffer[begin : begin + _BODY.size], generation):
                 return Result(state, length & ~FINAL_BIT, bool(length & FINAL_BIT), sequence - 1, copy)
         return None
 
@@ -117,7 +122,7 @@ class Smc:
         body = _BODY.pack(state, length | (FINAL_BIT if final else 0), blocks + 1)
         self._buffer[at : at + _BODY.size] = body
         # Killed before the next line: this copy fails its checksum, the other one stays the newest.
-        _CHECKSUM.pack_into(self._buffer, at + _BODY.size, xxhash.xxh32_intdigest(body, generation))
+        _CHECKSUM.pack_into(self._buffer, at + _BODY.size, checksum_of(body, generation))
         return Result(state, length, final, blocks, copy)
 
     def settle(self, digests: Mapping[int, bytes], generation: int) -> None:
@@ -127,7 +132,7 @@ class Smc:
             at = SMC_RESULTS_AT + 2 * domain * SMC_RESULT.size
             body = _BODY.pack(digest, HEADER_LENGTH | FINAL_BIT, 1)
             self._buffer[at : at + len(body)] = body
-            _CHECKSUM.pack_into(self._buffer, at + len(body), xxhash.xxh32_intdigest(body, generation))
+            _CHECKSUM.pack_into(self._buffer, at + len(body), checksum_of(body, generation))
 
     def final_digests(self, domains: int, generation: int) -> list[bytes | None]:
         """The final digest of each domain; None where the newest valid result is none.
@@ -141,7 +146,7 @@ class Smc:
             row = 2 * domain + (sequences[2 * domain] < sequences[2 * domain + 1])
             at = SMC_RESULTS_AT + row * SMC_RESULT.size
             body = self._buffer[at : at + _BODY.size]
-            if lengths[row] & FINAL_BIT and checksums[row] == xxhash.xxh32_intdigest(body, generation):
+            if lengths[row] & FINAL_BIT and checksums[row] == checksum_of(body, generation):
                 digests.append(bytes(body[:32]))
             else:
                 newest = self.newest(domain, generation)  # the other copy may be a whole one
