@@ -25,7 +25,6 @@ from ..shm.epc import Extents
 from ..shm.errors import EnturboError, EPCExhausted, LaunchTimeout, SharedMemoryFull
 from ..shm.launches import Claims, Launch
 from ..shm.layout import PAGE_SIZE, SCHEME_ENTURBO, SCRUB
-from ..shm.mapping import populate
 from ..shm.memory import Memory
 from ..workers.copying import zero
 from ..workers.measure import Measurer
@@ -315,10 +314,8 @@ class Arena:
             with self._allocated:
                 self._allocated.notify_all()
         self._ring()  # workers map what is there
-        segment = self.memory.epc_segment
-        for start in range(0, segment.allocated, POPULATE_STEP):
-            if self._stop.is_set() or not populate(segment.view[start : start + POPULATE_STEP]):
-                break
+        while not self._stop.is_set() and self.memory.epc.map_more(self.memory.epc_allocated, POPULATE_STEP):
+            pass
         with self._allocated:
             self.mapped = True
             self._allocated.notify_all()

@@ -213,6 +213,7 @@ class Start:
         first = place.first_page + piece.index
         region = piece.region
         if region.content is not None:
+            memory.epc.map_now(first, piece.count)
             with memoryview(region.content) as raw, raw.cast("B") as content:
                 start = piece.skip * PAGE_SIZE
                 part = content[start : start + piece.count * PAGE_SIZE]

@@ -14,6 +14,7 @@ import numpy as np
 
 from .errors import EPCExhausted
 from .layout import PAGE_SIZE
+from .mapping import populate
 from .segment import Segment
 
 
@@ -77,10 +78,29 @@ class Epc:
         self.segment = segment
         self.page_count = segment.size // PAGE_SIZE
         self.bytes: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(segment.view, np.uint8)
+        self.mapped = 0  # bytes from the start that are known to be in this process's page tables
 
     def pages(self, first: int, count: int) -> memoryview:
         """The bytes of ``count`` pages, writable."""
         return self.segment.view[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
+
+    def map_more(self, allocated: int, step: int) -> bool:
+        """Take the next ``step`` bytes that are allocated into the page tables; False: nothing is left.
+
+        One thread of a process does this, ahead of all launches.
+        """
+        length = min(step, allocated - self.mapped)
+        if length <= 0:
+            return False
+        done = populate(self.segment.view[self.mapped : self.mapped + length])
+        # Where the kernel does not do it pages come as they are touched.
+        self.mapped = self.mapped + length if done else self.segment.size
+        return True
+
+    def map_now(self, first: int, count: int) -> None:
+        """The same for pages that are about to be written: at once costs half of what single faults do."""
+        if (first + count) * PAGE_SIZE > self.mapped:
+            populate(self.pages(first, count))
 
     def fill(self, first: int, count: int, word: int) -> None:
         """Fill pages with a repeated little-endian u32."""

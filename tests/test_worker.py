@@ -236,7 +236,7 @@ def test_news_of_a_launch_are_merged(bench: Bench) -> None:
 def test_the_epc_is_mapped_in_idle_time(bench: Bench) -> None:
     while bench.worker._map_more():
         pass
-    assert bench.worker._mapped == bench.memory.epc_segment.size
+    assert bench.memory.epc.mapped == bench.memory.epc_segment.size
     assert [news.kind for news in bench.news()] == [WARM]
 
 

@@ -275,6 +275,8 @@ def _fill_table(memory: Memory, view: View, pair: int, start: int, end: int, sou
     """All rows at once, where they stand in the file as they do in the image; else False, nothing done."""
     first, width = view.row_of(pair, start)
     rows, first = end - start, view.launch.first_page + first
+    for row in range(rows):
+        memory.epc.map_now(first + row * view.stride, width)
     table = memory.epcm.source_rows(first, rows, width, view.stride)
     origin = int(table[0, 0])
     if source is None or not origin & SOURCE_FILE:
@@ -304,6 +306,7 @@ def fill_pages(memory: Memory, first: int, count: int, source: Source | None) ->
         if word & SOURCE_FILE:
             if source is None:
                 raise SourceError(f"EPC page {first + begin} needs a file, the launch has none")
+            memory.epc.map_now(first + begin, end - begin)
             source.copy(memory.epc.pages(first + begin, end - begin), word & ~SOURCE_FILE)
         elif word & SOURCE_FILL:
             memory.epc.fill(first + begin, end - begin, word & 0xFFFF_FFFF)

@@ -18,7 +18,6 @@ from typing import Final
 
 from ..shm.launches import Claims
 from ..shm.layout import SCRUB
-from ..shm.mapping import populate
 from ..shm.memory import Memory, MemoryFds
 from . import faults
 from .measure import Measurer, Partners
@@ -66,7 +65,6 @@ class Worker:
         )
         self._spans: dict[tuple[int, int], News] = {}  # not sent yet, by kind and generation
         self._told = 0  # the launch that was last told to be finished
-        self._mapped = 0  # bytes of the EPC that are in this process's page tables
         self._trimmed = True
 
     def run(self) -> None:
@@ -144,15 +142,10 @@ class Worker:
 
     def _map_more(self) -> bool:
         """Have a further piece of the EPC in the page tables, so that no launch waits for that."""
-        size, allocated = self.memory.epc_segment.size, self.memory.epc_allocated
-        length = min(POPULATE_STEP, allocated - self._mapped)
-        if length <= 0:
+        epc = self.memory.epc
+        if not epc.map_more(self.memory.epc_allocated, POPULATE_STEP):
             return False
-        if not populate(self.memory.epc_segment.view[self._mapped : self._mapped + length]):
-            self._mapped = size  # this kernel does not do it: pages come as they are touched
-        else:
-            self._mapped += length
-        if self._mapped == size:
+        if epc.mapped == epc.segment.size:
             self._send(News(WARM, 0, 0, 0, 0, 0, 0))
         return True
 
