@@ -192,11 +192,11 @@ class Enclave:
 
     def _run(self) -> None:
         try:
-            self._host.count_starting(1)
+            self._host.note_start(self.generation)
             try:
                 self._carry_out()
             finally:
-                self._host.count_starting(-1)
+                self._host.note_end(self.generation)
         except EnturboError as error:
             self._reject(error)
         except Exception as error:

@@ -119,7 +119,7 @@ class Runtime:
             raise EnturboError("epc: expected at least one page")
         self._lock = threading.Lock()
         self._launched = threading.Condition(self._lock)
-        self.starting = 0  # launches that are being copied and measured
+        self._starting: set[int] = set()  # generations of the launches that are being copied and measured
         self._launching = 0  # launches that have a place and are not registered yet
         self._usable = True
         self._forked = False
@@ -302,10 +302,25 @@ class Runtime:
         """Workers that died since the runtime began."""
         return self._pool.deaths
 
-    def count_starting(self, change: int) -> None:
-        """A start begins (1) or ends (-1)."""
+    def note_start(self, generation: int) -> None:
+        """A start begins."""
         with self._lock:
-            self.starting += change
+            self._starting.add(generation)
+
+    def note_end(self, generation: int) -> None:
+        """It is over, whatever came of it."""
+        with self._lock:
+            self._starting.discard(generation)
+
+    @property
+    def starting(self) -> int:
+        """Launches that are being copied and measured."""
+        return len(self._starting)
+
+    def is_oldest(self, generation: int) -> bool:
+        """Whether no older launch is being measured: workers then have none that they prefer to this one."""
+        with self._lock:
+            return generation <= min(self._starting, default=generation)
 
     @property
     def has_idle_cores(self) -> bool:

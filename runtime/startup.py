@@ -254,7 +254,7 @@ class Start:
         """
         table, place = self.host.memory.launches, self.place
         last, stalls, deadline = -1, 0, time.monotonic() + self.host.progress_timeout
-        moved, idle_looks = -1, 0
+        total, idle_looks = -1, 0
         while True:
             helping = not self.shared or self.host.has_idle_cores or idle_looks >= IDLE_LOOKS
             if helping:
@@ -267,9 +267,12 @@ class Start:
             self._check_measuring(outcome)
             smc, copied = self._smc(), table.copied[place.slot]
             progress = sum(int(each.sum(dtype=np.int64)) for each in (smc.released, smc.hashed, copied))
-            if progress != last:
+            before, total = total, table.total_progress()
+            idle_looks = idle_looks + 1 if total == before else 0
+            # Workers serve older launches first: while those go on, waiting for them is no stall.
+            queued = total != before and not self.host.is_oldest(place.generation)
+            if progress != last or queued:
                 last, stalls, deadline = progress, 0, time.monotonic() + self.host.progress_timeout
-                idle_looks = 0
             elif time.monotonic() > deadline:
                 stalls += 1
                 if stalls > MAX_STALLS:
@@ -281,10 +284,6 @@ class Start:
                 self.host.ring()
                 self.host.kill_holders(place.slot)
                 deadline = time.monotonic() + self.host.progress_timeout
-            elif not helping:
-                # Older launches come first, so this one may wait while workers are busy with them.
-                before, moved = moved, table.total_progress()
-                idle_looks = idle_looks + 1 if moved == before else 0
             self.changed.wait(HELP_NAP if helping else LOOK_NAP)
             self.changed.clear()
         # Nothing is left to claim; workers need not look at this slot again while the enclave lives.

@@ -633,3 +633,22 @@ def test_host_copy_is_for_images_in_memory_alone(runtime: Runtime, make_image: A
             enclave.wait_verified(WAIT)
             slot = enclave._start.place.slot
             assert int(runtime.memory.launches.copy_mode[slot]) == mode
+
+
+def test_waiting_for_older_launches_is_no_stall(
+    make_image: Any, all_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that takes many times the progress deadline: nobody is killed and nobody given up."""
+    monkeypatch.setenv("ENTURBO_FAULT", "hashed=nap:0.03")
+    image = all_copy(make_image(600))
+    expected = image.measure()
+    with Runtime(epc="64MiB", workers=1, progress_timeout=0.2) as runtime:
+        assert runtime.warm(WAIT)
+        runtime.cores = 1  # the host leaves it all to the worker
+        began = time.monotonic()
+        enclaves = [runtime.launch(image, expected=expected) for _ in range(24)]
+        for enclave in enclaves:
+            assert enclave.wait_verified(WAIT) == expected.digest
+            enclave.close()
+        assert time.monotonic() - began > 5 * 0.2  # longer than a launch may stall
+        assert runtime.stats()["worker_deaths"] == 0

@@ -275,14 +275,16 @@ def _fill_table(memory: Memory, view: View, pair: int, start: int, end: int, sou
     """All rows at once, where they stand in the file as they do in the image; else False, nothing done."""
     first, width = view.row_of(pair, start)
     rows, first = end - start, view.launch.first_page + first
-    for row in range(rows):
-        memory.epc.map_now(first + row * view.stride, width)
     table = memory.epcm.source_rows(first, rows, width, view.stride)
     origin = int(table[0, 0])
+    if origin == 0 and not table.any():
+        return True  # heap: the pages are zero already
     if source is None or not origin & SOURCE_FILE:
         return False
     if not (table - table[0, 0] == _offsets(rows, width, view.stride)).all():
         return False
+    for row in range(rows):
+        memory.epc.map_now(first + row * view.stride, width)
     target = memory.epc.pages(first, (rows - 1) * view.stride + width)
     source.copy_rows(target, origin & ~SOURCE_FILE, width * PAGE_SIZE, view.stride * PAGE_SIZE, rows)
     return True
