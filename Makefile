@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-wheel asan arm lint model model-large bench clean
+.PHONY: help demo test test-all test-wheel asan arm lint model model-large bench bench-report clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,9 +60,13 @@ model-large:  ## the same on larger instances
 bench: $(VENV)/.test  ## the benchmarks; ARGS="-k NAME" picks some
 	$(PYTEST) benchmarks --benchmark-enable --timeout=0 $(ARGS)
 
+# Minutes, on a machine that does nothing else; ARGS="--quick" tries it out, into build/.
+bench-report: $(VENV)/.bench  ## measure every target of docs/performance.md and write it anew
+	$(BIN)/python benchmarks/report.py $(ARGS)
+
 clean:  ## everything that was built; .venv stays, and is brought up to date when it is next used
 	rm -rf build dist src/*.egg-info docs/model/build .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev src/enturbo/*/*.so
+	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.bench src/enturbo/*/*.so
 	find -H . src/enturbo/*/ -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 define CHECK_PYTHON
@@ -75,7 +79,7 @@ $(BIN)/python:
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# One stamp an extra: demo < test < dev, so a larger one is also the smaller ones.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(SOURCES) | $(BIN)/python
+# One stamp an extra: demo < test < dev, bench, so a larger one is also the smaller ones.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(@:$(VENV)/.%=%)]'
-	touch $(VENV)/.demo $(if $(filter-out %.demo,$@),$(VENV)/.test) $(filter %.dev,$@)
+	touch $(VENV)/.demo $(if $(filter-out %.demo,$@),$(VENV)/.test) $(filter %.dev %.bench,$@)

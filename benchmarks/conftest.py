@@ -45,13 +45,13 @@ def key() -> SigningKey:
 
 @pytest.fixture(scope="session")
 def runtime(key: SigningKey) -> Iterator[Runtime]:
-    """As many workers as cores (at most 8), and room for the largest image."""
-    with Runtime(epc="272MiB", signers=[key.mrsigner]) as runtime:
-        runtime.wait_workers()
+    """As many workers as cores (at most 8), and room for two of the largest image.
+
+    So no launch waits until the pages of the one before it have been scrubbed.
+    """
+    with Runtime(epc="544MiB", signers=[key.mrsigner]) as runtime:
         # The first touch of shared memory costs as much as hashing it: have it behind us.
-        largest = image_of(256)
-        with runtime.launch(largest, key.sign(largest)) as enclave:
-            enclave.wait_verified(120)
+        assert runtime.warm()
         yield runtime
 
 
