@@ -365,7 +365,7 @@ class Runtime:
             name = "copy" if news.kind == COPIED else "measure"
             enclave.timeline.add(name, f"worker {worker}", news.start, news.end, news.pages)
         # What a start waits for; to wake it for each span would cost a measurer more than the span's worth.
-        if news.kind in (COPIED, DONE):
+        if news.kind == DONE or (news.kind == COPIED and news.finished):
             enclave.notify()
 
     def _on_change(self) -> None:

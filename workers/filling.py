@@ -163,6 +163,9 @@ class Filler:
         pairs = view.unfilled()
         if not pairs:
             view.filled = True
+            if self._on_span is not None and view.launch.copy_mode != SCRUB:
+                now = time.monotonic_ns()
+                self._on_span(COPIED, view.slot, view.generation, 0, now, now, True)
             return Outcome.FINISHED
         if not view.can_fill:
             return Outcome.WAITING

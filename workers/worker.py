@@ -21,7 +21,7 @@ from ..shm.layout import SCRUB
 from ..shm.memory import Memory, MemoryFds
 from . import faults
 from .measure import Measurer, Partners
-from .protocol import DONE, READY, SCRUBBED, WARM, News
+from .protocol import COPIED, DONE, READY, SCRUBBED, WARM, News
 from .sha256 import get_hasher
 from .view import Outcome
 
@@ -30,7 +30,7 @@ NAP_MS: Final = 1  # while the copy is under way
 BUSY_MS: Final = 50  # while others hold all that is left; the host rings when one of them dies
 CHECK_EVERY: Final = 16  # stripes between looks at lifeline and doorbell
 IDLE_MS: Final = 5_000  # then files that no launch uses any more are closed, once
-MERGE_NS: Final = 2_000_000  # stripes that are nearer than this are one span
+MERGE_NS: Final = 5_000_000  # stripes that are nearer than this are one span
 POPULATE_STEP: Final = 8 << 20  # bytes of the EPC mapped between looks; 2 ms at 4 KiB a page
 
 
@@ -184,6 +184,8 @@ class Worker:
             pages, start = span.pages + pages, span.start
             finished = finished or bool(span.finished)
         self._spans[key] = News(kind, slot, generation, pages, start, end, int(finished))
+        if kind == COPIED and finished:
+            self._send(self._spans.pop(key))  # the host notes the moment at which all was VALID
 
     def _flush(self) -> None:
         spans, self._spans = self._spans, {}
