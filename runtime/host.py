@@ -361,7 +361,7 @@ class Runtime:
         enclave = self._by_generation.get(news.generation)
         if enclave is None:
             return
-        if news.kind in (COPIED, SPAN):
+        if news.pages and news.kind in (COPIED, SPAN):
             name = "copy" if news.kind == COPIED else "measure"
             enclave.timeline.add(name, f"worker {worker}", news.start, news.end, news.pages)
         # What a start waits for; to wake it for each span would cost a measurer more than the span's worth.
