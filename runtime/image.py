@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ..shm.errors import ImageFormatError
 from . import program as manifests
@@ -40,6 +40,8 @@ class EnclaveImage:
         dynamic: zero regions that EAUG brings after EINIT's record stream (SGXv2); never measured.
         sigstructs: those that the file carried.
         backing: the file that holds the regions' contents, where there is one.
+        details: what the file's format says besides, for ``enturbo inspect``: plain values by name.
+        variants: other images that the same file describes, for other loaders; each has sigstructs of its own.
 
     Raises ImageFormatError for overlapping regions, regions outside ``size`` and the like.
     """
@@ -53,6 +55,8 @@ class EnclaveImage:
         dynamic: Iterable[Region] = (),
         sigstructs: Iterable[Sigstruct] = (),
         backing: Backing | None = None,
+        details: Mapping[str, Any] | None = None,
+        variants: Iterable[EnclaveImage] = (),
     ) -> None:
         self.regions: Final[tuple[Region, ...]] = tuple(regions)
         self.dynamic: Final[tuple[Region, ...]] = tuple(dynamic)
@@ -60,6 +64,8 @@ class EnclaveImage:
         self.ssa_frame_size: Final = ssa_frame_size
         self.sigstructs: Final[tuple[Sigstruct, ...]] = tuple(sigstructs)
         self.backing = backing
+        self.details: Final[Mapping[str, Any]] = MappingProxyType(dict(details or {}))
+        self.variants: Final[tuple[EnclaveImage, ...]] = tuple(variants)
         self._program: Program | None = None
         _check_secs(size, ssa_frame_size)
         _check_dynamic(self.dynamic)

@@ -61,6 +61,7 @@ class Region:
         measured: True: all of each page; False: none; an int: its bit i stands for chunk i (256 bytes).
         file_page: where the content stands in the file behind the image, in pages; None: in this process's
             memory alone. No part of what the region is.
+        label: where it comes from, for people: a segment, a layout entry. No part of what the region is.
 
     Raises ImageFormatError for what cannot be added.
     """
@@ -72,6 +73,7 @@ class Region:
     fill: int = 0
     measured: bool | int = True
     file_page: int | None = field(default=None, compare=False, repr=False)
+    label: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if type(self.offset) is not int or self.offset < 0 or self.offset % PAGE_SIZE:

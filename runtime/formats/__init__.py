@@ -1,4 +1,8 @@
-"""Readers of enclave files, one module a format, told apart by the file's first bytes."""
+"""Readers of enclave files, one module a format, told apart by content and never by the file's name.
+
+A reader takes an open file and its name (for messages) and gives an EnclaveImage of lazy regions, or raises
+ImageFormatError with file, structure, offset, expected and found.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,13 @@ if TYPE_CHECKING:
 
 
 class Format(NamedTuple):
-    """A known format: its name, the bytes that its files begin with, and what reads one."""
+    """A known format: its name, the bytes that its files begin with, what tells it from others that begin
+    so, and what reads one."""
 
     name: str
     magic: bytes
     load: Callable[[BinaryIO, str], EnclaveImage]
+    is_it: Callable[[BinaryIO, str], bool] = lambda file, name: True
 
 
 FORMATS: Final = (Format("enclave", enclave_file.MAGIC, enclave_file.load),)
@@ -52,6 +58,9 @@ def _detect(file: BinaryIO, name: str) -> Format:
     file.seek(0)
     for known in FORMATS:
         if head.startswith(known.magic):
-            return known
+            fits = known.is_it(file, name)
+            file.seek(0)
+            if fits:
+                return known
     expected = " or ".join(f"{known.name} ({known.magic!r})" for known in FORMATS)
     raise ImageFormatError("format", file=name, offset=0, expected=expected, found=head)
