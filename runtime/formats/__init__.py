@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
 from ...shm.errors import ImageFormatError
-from . import enclave_file
+from . import elf, enclave_file, intel_elf, open_enclave, sgxs, sgxs_stream, sigstruct_file
 
 if TYPE_CHECKING:
     from ..image import EnclaveImage, PathLike
+    from ..sigstruct import Sigstruct
 
 
 class Format(NamedTuple):
@@ -28,7 +29,14 @@ class Format(NamedTuple):
     is_it: Callable[[BinaryIO, str], bool] = lambda file, name: True
 
 
-FORMATS: Final = (Format("enclave", enclave_file.MAGIC, enclave_file.load),)
+FORMATS: Final = (
+    Format("enclave", enclave_file.MAGIC, enclave_file.load),
+    Format("intel-sdk-elf", elf.MAGIC, intel_elf.load, intel_elf.is_it),
+    Format("open-enclave-elf", elf.MAGIC, open_enclave.load, open_enclave.is_it),
+    Format("sgxs", sgxs_stream.ECREATE, sgxs.load),
+    Format("sgxs", sgxs_stream.UNSIZED, sgxs.load),
+    Format("sigstruct", sigstruct_file.MAGIC, sigstruct_file.load),
+)
 
 
 def _open(path: PathLike) -> BinaryIO:
@@ -51,6 +59,15 @@ def load(path: PathLike) -> EnclaveImage:
     name = os.fspath(path)
     with _open(path) as file:
         return _detect(file, name).load(file, name)
+
+
+def load_sigstruct(path: PathLike) -> Sigstruct:
+    """The SIGSTRUCT in a file of its own.
+
+    Raises SignatureError, ImageFormatError for what is no regular file, and OSError.
+    """
+    with _open(path) as file:
+        return sigstruct_file.read(file, os.fspath(path))
 
 
 def _detect(file: BinaryIO, name: str) -> Format:
