@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-wheel asan arm lint model model-large bench bench-report clean
+.PHONY: help demo test test-all test-wheel fuzz asan arm lint model model-large bench bench-report clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,11 @@ test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, lar
 
 test-wheel: $(VENV)/.test  ## build a wheel, install it, run the suite against it outside the tree
 	$(PYTEST) -m wheel --capture=no
+
+# Needs a CPython that atheris has a wheel for, or clang. What it finds stays in build/fuzz, as do its inputs.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.fuzz  ## the readers of files under a coverage-guided fuzzer; FUZZ_SECONDS=600
+	$(BIN)/python fuzz/readers.py --seconds $(FUZZ_SECONDS)
 
 asan: $(VENV)/.test  ## the C extension under AddressSanitizer and UBSan; needs gcc (half a minute)
 	tests/kernels/check_asan $(BIN)/python
@@ -66,7 +71,7 @@ bench-report: $(VENV)/.bench  ## measure every target of docs/performance.md and
 
 clean:  ## everything that was built; .venv stays, and is brought up to date when it is next used
 	rm -rf build dist src/*.egg-info docs/model/build .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.bench src/enturbo/*/*.so
+	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.bench $(VENV)/.fuzz src/enturbo/*/*.so
 	find -H . src/enturbo/*/ -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 define CHECK_PYTHON
@@ -79,7 +84,7 @@ $(BIN)/python:
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# One stamp an extra: demo < test < dev, bench, so a larger one is also the smaller ones.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(SOURCES) | $(BIN)/python
+# One stamp an extra: demo < test < dev, bench, fuzz, so a larger one is also the smaller ones.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.bench $(VENV)/.fuzz: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(@:$(VENV)/.%=%)]'
-	touch $(VENV)/.demo $(if $(filter-out %.demo,$@),$(VENV)/.test) $(filter %.dev %.bench,$@)
+	touch $(VENV)/.demo $(if $(filter-out %.demo,$@),$(VENV)/.test) $(filter %.dev %.bench %.fuzz,$@)

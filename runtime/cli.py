@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from ..shm.errors import EnturboError
-from .commands import images, machine, measuring, running
+from .commands import differing, images, inspecting, machine, measuring, running
 from .commands.common import INTERRUPTED, OK, REFUSED, complain, exit_code
 
 app = typer.Typer(
@@ -38,6 +38,8 @@ for command in (
     images.sign,
     measuring.measure,
     measuring.verify,
+    inspecting.inspect,
+    differing.diff,
     running.run,
     running.compare,
     machine.doctor,

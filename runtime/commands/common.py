@@ -44,6 +44,7 @@ BAD_INPUT: Final = 2
 INTERRUPTED: Final = 130
 
 SIGSTRUCT_SUFFIX: Final = ".sig"
+SGXS_SUFFIX: Final = ".sgxs"
 MAX_EVENT_FILE: Final = 16 << 20  # bytes; a message to an enclave is no longer
 PLAIN_WIDTH: Final = 100  # columns where output is no terminal
 
@@ -178,13 +179,19 @@ def load_key(path: Path) -> SigningKey:
 
 
 def find_sigstruct(path: Path, image: EnclaveImage, given: Path | None) -> Sigstruct | None:
-    """``given``, else the SIGSTRUCT in the image's file, else ``FILE.sig`` beside it, else None."""
+    """``given``, else the SIGSTRUCT in the image's file, else ``FILE.sig`` beside it, else None.
+
+    Fortanix's tools put ``NAME.sig`` beside ``NAME.sgxs``: that is looked for last.
+    """
     from ..sigstruct import SIZE, Sigstruct
 
     if given is None and image.sigstructs:
         return image.sigstructs[0]
-    where = given if given is not None else path.with_name(path.name + SIGSTRUCT_SUFFIX)
-    if given is None and not where.exists():
+    beside = [path.with_name(path.name + SIGSTRUCT_SUFFIX)]
+    if path.suffix == SGXS_SUFFIX:
+        beside.append(path.with_suffix(SIGSTRUCT_SUFFIX))
+    where = given if given is not None else next((each for each in beside if each.exists()), None)
+    if where is None:
         return None
     with reading(where):
         with where.open("rb") as file:

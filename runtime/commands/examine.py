@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ...shm.errors import EnturboError, SignatureError
 from ..image import EnclaveImage
@@ -20,70 +20,14 @@ from ..measurement import DEFAULT_BLOCK, DEFAULT_DOMAINS, Measurement, check_sch
 from ..measuring import MeasureJob, measure_images
 from ..sigstruct import Sigstruct
 from .common import find_sigstruct, load_image, reading
+from .examined import Examined, ExaminedBlock
 
 OPEN_FILES: Final = 64  # at once: each holds one or two descriptors, of which a process may have few
 
+OWN_FORMAT: Final = "enclave"
+
 How = tuple[str, int, int]
 """Scheme, D, B; of scheme sgx ("sgx", 1, 1), as in a Measurement."""
-
-
-@dataclass(frozen=True)
-class Examined:
-    """A file measured, and its SIGSTRUCT checked. ``problem`` tells what is wrong with the SIGSTRUCT."""
-
-    file: Path
-    format: str
-    measured: Measurement
-    pages_added: int
-    pages_measured: int
-    sigstruct: Sigstruct | None
-    match: bool | None  # None: unsigned
-    signature_valid: bool | None
-    problem: str | None = None
-
-    @property
-    def good(self) -> bool:
-        """Unsigned, or signed well and matching."""
-        return self.match is not False and self.signature_valid is not False
-
-    @property
-    def mrsigner(self) -> str | None:
-        """Who signed, as hexadecimal digits."""
-        return None if self.sigstruct is None else self.sigstruct.mrsigner.hex()
-
-    def row(self) -> dict[str, Any]:
-        """The object that ``measure --json`` prints."""
-        return {
-            "file": str(self.file),
-            "format": self.format,
-            "scheme": self.measured.scheme,
-            "mrenclave": self.measured.digest.hex(),
-            "pages_added": self.pages_added,
-            "pages_measured": self.pages_measured,
-            "signed": self.sigstruct is not None,
-            "match": self.match,
-            "signature_valid": self.signature_valid,
-            "mrsigner": self.mrsigner,
-        }
-
-    def facts(self) -> dict[str, object]:
-        """The same for people."""
-        if self.sigstruct is None:
-            signature = "none"
-        else:
-            match = "matches" if self.match else "DOES NOT MATCH"
-            valid = "valid" if self.signature_valid else "NOT VALID"
-            signature = f"{match}, signature {valid}, MRSIGNER {self.mrsigner}"
-        scheme = self.measured.scheme
-        if scheme == "enturbo":
-            scheme += f" ({self.measured.domains} domains, {self.measured.block} pages a block)"
-        return {
-            "MRENCLAVE": self.measured.digest.hex(),
-            "scheme": scheme,
-            "format": self.format,
-            "pages": f"{self.pages_added} added, {self.pages_measured} measured",
-            "SIGSTRUCT": signature,
-        }
 
 
 def examine(path: Path, sigstruct_file: Path | None = None, *, edmm: bool = False) -> Examined:
@@ -119,40 +63,46 @@ def examine_all(
         with contextlib.ExitStack() as stack:
             for case in opened:
                 if isinstance(case, _Case):
-                    stack.enter_context(case.image)
+                    for block in case.blocks:
+                        stack.enter_context(block.image)
             found += _measure(opened, step)
     return found
 
 
 @dataclass(frozen=True)
-class _Case:
-    """A file whose image is open, and what its SIGSTRUCT says. ``hows``: first the one to show."""
+class _Block:
+    """An image of a file and what its SIGSTRUCT says. ``hows``: first the one to show."""
 
-    file: Path
-    format: str
     image: EnclaveImage
+    version: str | None  # of the metadata block
     sigstruct: Sigstruct | None
     signed: Measurement | None
     problem: str | None
     signature_valid: bool | None
     hows: tuple[How, ...]
 
-    def examined(self, measured: Mapping[How, Measurement]) -> Examined:
+    def examined(self, measured: Mapping[How, Measurement]) -> ExaminedBlock:
         """What there is to tell when the image has been measured in all its ``hows``."""
         match = None if self.sigstruct is None else False
         if self.signed is not None:
             match = measured[_how(self.signed)] == self.signed
-        return Examined(
-            self.file,
-            self.format,
-            measured[self.hows[0]],
-            self.image.page_count,
-            self.image.measured_pages,
-            self.sigstruct,
-            match,
-            self.signature_valid,
-            self.problem,
+        return ExaminedBlock(
+            self.version, measured[self.hows[0]], self.sigstruct, match, self.signature_valid, self.problem
         )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A file whose images are open: one, or one for each of its metadata blocks."""
+
+    file: Path
+    format: str
+    blocks: tuple[_Block, ...]
+
+    def examined(self, blocks: Sequence[ExaminedBlock]) -> Examined:
+        """What there is to tell when all have been measured."""
+        image = self.blocks[0].image
+        return Examined(self.file, self.format, image.page_count, image.measured_pages, tuple(blocks))
 
 
 def _open(path: Path, sigstruct_file: Path | None, wanted: How | None, edmm: bool) -> _Case | EnturboError:
@@ -164,20 +114,34 @@ def _open(path: Path, sigstruct_file: Path | None, wanted: How | None, edmm: boo
     except EnturboError as error:
         return error
     with contextlib.ExitStack() as stack:
-        stack.enter_context(image)
+        images = (image, *image.variants)
+        for each in images:
+            stack.enter_context(each)
         try:
-            sigstruct = find_sigstruct(path, image, sigstruct_file)
             with reading(path):
                 name = detect(path).name
+            blocks = tuple(_block(path, each, name, sigstruct_file, wanted) for each in images)
         except EnturboError as error:
             return error
-        signed, problem, valid = _signed(sigstruct)
-        hows = [] if wanted is None else [wanted]
-        if signed is not None and _how(signed) not in hows:
-            hows.append(_how(signed))
-        hows = hows or [("enturbo", DEFAULT_DOMAINS, DEFAULT_BLOCK)]
-        stack.pop_all()  # whoever asked closes it
-        return _Case(path, name, image, sigstruct, signed, problem, valid, tuple(hows))
+        stack.pop_all()  # whoever asked closes them
+        return _Case(path, name, blocks)
+
+
+def _block(
+    path: Path, image: EnclaveImage, name: str, sigstruct_file: Path | None, wanted: How | None
+) -> _Block:
+    sigstruct = find_sigstruct(path, image, sigstruct_file)
+    signed, problem, valid = _signed(sigstruct)
+    hows = [] if wanted is None else [wanted]
+    if signed is not None and _how(signed) not in hows:
+        hows.append(_how(signed))
+    if not hows:
+        # Files of other tools are made for the hardware, whose scheme is sgx.
+        hows = [("enturbo", DEFAULT_DOMAINS, DEFAULT_BLOCK) if name == OWN_FORMAT else ("sgx", 1, 1)]
+    version = image.details.get("metadata_version")
+    return _Block(
+        image, None if version is None else str(version), sigstruct, signed, problem, valid, tuple(hows)
+    )
 
 
 def _measure(
@@ -190,8 +154,9 @@ def _measure(
         if isinstance(case, EnturboError):
             step()
         else:
-            jobs += (MeasureJob(case.image, *how) for how in case.hows)
-            files += [number] * len(case.hows)
+            for block in case.blocks:
+                jobs += (MeasureJob(block.image, *how) for how in block.hows)
+                files += [number] * len(block.hows)
     left = Counter(files)
 
     def done(job: int) -> None:
@@ -204,7 +169,9 @@ def _measure(
         if isinstance(case, EnturboError):
             yield case
         else:
-            yield case.examined({how: next(measured) for how in case.hows})
+            yield case.examined(
+                [block.examined({how: next(measured) for how in block.hows}) for block in case.blocks]
+            )
 
 
 def _how(measurement: Measurement) -> How:

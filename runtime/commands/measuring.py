@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ...shm.errors import EnturboError, SignatureError, UntrustedSigner
+from ..inspection import signature_checks
 from ..measurement import DEFAULT_BLOCK, DEFAULT_DOMAINS
 from . import options
 from .common import (
@@ -20,7 +21,8 @@ from .common import (
     print_json,
     progress,
 )
-from .examine import Examined, examine, examine_all
+from .examine import examine, examine_all
+from .examined import Examined
 
 
 def measure(
@@ -28,7 +30,8 @@ def measure(
     scheme: Annotated[
         options.Scheme | None,
         typer.Option(
-            help="Measure this way; without it as the SIGSTRUCT says, else enturbo.", show_default=False
+            help="Measure this way; without it as the SIGSTRUCT says, else sgx, .enclave files enturbo.",
+            show_default=False,
         ),
     ] = None,
     domains: options.Domains = DEFAULT_DOMAINS,
@@ -39,8 +42,8 @@ def measure(
 ) -> None:
     """MRENCLAVE of enclave files, and whether their SIGSTRUCTs agree.
 
-    Exits with 0 if all match or are unsigned, 1 for a mismatch or a bad signature, 2 for a file that cannot
-    be read; the other files are measured all the same.
+    Exits with 0 if all match or are unsigned, 1 for a mismatch, a bad signature or a file whose metadata
+    blocks measure differently, 2 for a file that cannot be read; the other files are measured all the same.
     """
     if sigstruct is not None and len(files) > 1:
         raise InputError(f"--sigstruct belongs to one file, found {len(files)}")
@@ -76,12 +79,10 @@ def verify(
     edmm: options.Edmm = False,
     json: options.Json = False,
 ) -> None:
-    """Check an enclave file against its SIGSTRUCT: signature, signer, measurement.
+    """Check an enclave file against its SIGSTRUCT: signature, Q1, Q2, ENCLAVEHASH, signer.
 
     Without --signer the signature only says that the file is what some signer, whom it names, has signed.
     """
-    from ..trust import check_trust
-
     signers = [parse_signer(text) for text in signer or ()]
     with progress(f"measuring {image}"):
         examined = examine(image, sigstruct, edmm=edmm)
@@ -89,21 +90,11 @@ def verify(
         raise UntrustedSigner(
             f"{image}: it is unsigned: no SIGSTRUCT was given, and {image}.sig is not there"
         )
-    refusal = examined.problem
-    if refusal is None:
-        try:
-            check_trust(
-                examined.sigstruct,
-                signers=signers,
-                min_svn=min_svn,
-                product_id=product_id,
-                any_signer=not signers,
-            )
-        except (SignatureError, UntrustedSigner) as error:
-            refusal = str(error)
+    refusal = _refusal(examined, signers, min_svn, product_id)
     signed = examined.sigstruct.enclavehash.hex()
-    if refusal is None and not examined.match:
-        refusal = f"it is not what was signed: expected {signed}, measured {examined.measured.digest.hex()}"
+    trusted = examined.sigstruct.mrsigner in signers if signers else None
+    # Of the first SIGSTRUCT; if a file has more of them, a flaw in another one is told as the refusal.
+    checks = signature_checks(examined.sigstruct) | {"enclavehash": examined.match is True}
     if json:
         print_json(
             {
@@ -111,17 +102,55 @@ def verify(
                 "signed_mrenclave": signed,
                 "svn": examined.sigstruct.svn,
                 "product_id": examined.sigstruct.product_id,
-                "signer_trusted": examined.sigstruct.mrsigner in signers if signers else None,
+                "checks": checks,
+                "signer_trusted": trusted,
                 "verified": refusal is None,
             }
         )
     else:
-        trust = "trusted" if signers else "not checked: no --signer is given"
-        numbers = {"svn": examined.sigstruct.svn, "product id": examined.sigstruct.product_id}
-        verdict = {"verdict": "REFUSED"}
+        texts = {name: "holds" if checks[name] else "DOES NOT HOLD" for name in ("signature", "q1", "q2")}
+        trust = {True: "trusted", False: "NOT TRUSTED", None: "not checked: no --signer is given"}[trusted]
+        verdict = "REFUSED"
         if refusal is None:
-            verdict = {"signer": trust, "verdict": "VERIFIED" if signers else "as its signer signed it"}
-        print_facts({**examined.facts(), "signed": signed, **numbers, **verdict}, str(image))
+            verdict = "VERIFIED" if signers else "as its signer signed it"
+        print_facts(
+            {
+                **examined.facts(),
+                "signed": signed,
+                "svn": examined.sigstruct.svn,
+                "product id": examined.sigstruct.product_id,
+                "signature": texts["signature"],
+                "Q1": texts["q1"],
+                "Q2": texts["q2"],
+                "ENCLAVEHASH": "matches" if checks["enclavehash"] else "DOES NOT MATCH",
+                "signer": trust,
+                "verdict": verdict,
+            },
+            str(image),
+        )
     if refusal is not None:
         complain(f"{image}: {refusal}")
         raise typer.Exit(REFUSED)
+
+
+def _refusal(examined: Examined, signers: list[bytes], min_svn: int, product_id: int | None) -> str | None:
+    """Why the file is refused; None: all holds that was asked for."""
+    from ..trust import check_trust
+
+    if examined.problem is not None:
+        return examined.problem
+    for block in examined.blocks:
+        try:
+            check_trust(
+                block.sigstruct,
+                signers=signers,
+                min_svn=min_svn,
+                product_id=product_id,
+                any_signer=not signers,
+            )
+        except (SignatureError, UntrustedSigner) as error:
+            return str(error)
+        if not block.match and block.sigstruct is not None:
+            signed = block.sigstruct.enclavehash.hex()
+            return f"it is not what was signed: expected {signed}, measured {block.measured.digest.hex()}"
+    return None

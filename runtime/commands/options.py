@@ -39,12 +39,15 @@ class Prefer(enum.StrEnum):
 
 ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="An enclave file.", show_default=False)]
 ImageFiles = Annotated[list[Path], typer.Argument(metavar="FILE…", help="Enclave files.", show_default=False)]
+InspectedFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="An enclave file, or a SIGSTRUCT alone.", show_default=False)
+]
 SigstructFile = Annotated[
     Path | None,
     typer.Option(
         "--sigstruct",
         metavar="S",
-        help="The SIGSTRUCT; without it the one inside the file, else FILE.sig beside it.",
+        help="The SIGSTRUCT; without it the one inside the file, else FILE.sig, and NAME.sig of NAME.sgxs.",
         show_default=False,
     ),
 ]

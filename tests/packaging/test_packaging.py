@@ -99,7 +99,7 @@ def test_sdist_holds_everything_once(tree: Path, sdist: Path, unpacked: Path) ->
     assert {f"src/enturbo/workers/{name}" for name in sources} <= names
     assert {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "setup.py", ".ci/run", ".ci/apt.txt"} <= names
     assert {"tests/vectors/enturbo-v1.json", "tests/packaging/conftest.py", "tests/test_layout.py"} <= names
-    for folder in ("tests", "benchmarks", "docs"):
+    for folder in ("tests", "benchmarks", "docs", "fuzz"):
         there = {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
         built = {name for name in there if name.startswith("docs/model/build/")}
         assert there - built <= names, folder
