@@ -41,7 +41,7 @@ class EnclaveImage:
         sigstructs: those that the file carried.
         backing: the file that holds the regions' contents, where there is one.
         details: what the file's format says besides, for ``enturbo inspect``: plain values by name.
-        variants: other images that the same file describes, for other loaders; each has sigstructs of its own.
+        variants: other images that the same file describes, for other loaders, with sigstructs of their own.
 
     Raises ImageFormatError for overlapping regions, regions outside ``size`` and the like.
     """
