@@ -632,6 +632,7 @@ def test_files_that_are_refused(kit: Any, plain: Plain, change: Any, message: st
         ([("Entry", 0x4000), ("Group", 1, 1, 0xFC000)], "inside the enclave"),
         ([("Entry", 0x4000), ("Group", 1, 2, 1 << 20)], "steps inside"),
         ([("Entry", 0x4000), ("Group", 1, 0xFFFF_FFFF, BIG)], "steps inside"),
+        ([("Entry", 0x4000, 0), ("Group", 1, 0x1_0001, 0)], "loaded entries: expected at most"),
         ([("Entry", 0x4000, 0), ("Group", 1, 0xFFFF_FFFF, 0)], "loaded entries: expected at most"),
     ],
 )

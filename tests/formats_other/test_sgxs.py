@@ -85,6 +85,15 @@ def page_lists(draw: st.DrawFn) -> list[tuple[int, int, int, int, int]]:
 @given(rows=page_lists())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_stream(rows: list[tuple[int, int, int, int, int]], build: Any, load: Load) -> None:
+    check_stream(rows, build, load)
+
+
+def test_pages_that_differ_in_their_flags_alone(build: Any, load: Load) -> None:
+    """They follow each other with equal chunks, and are not one run."""
+    check_stream([(0, 0x201, ALL, 0, 3), (3, RW, ALL, 0, 2), (5, 0x201, ALL, 0, 1)], build, load)
+
+
+def check_stream(rows: list[tuple[int, int, int, int, int]], build: Any, load: Load) -> None:
     pages = []
     for first, flags, mask, unmeasured, count in rows:
         for number in range(first, first + count):
