@@ -93,6 +93,12 @@ def sigstruct_difference(a: Sigstruct | None, b: Sigstruct | None) -> Iterator[F
             yield Field(name, getattr(a, name), getattr(b, name))
 
 
+def section_of(image: EnclaveImage | None, offset: int) -> str | None:
+    """The ELF section that stands at ``offset`` in the enclave, where the image's file tells."""
+    sections = () if image is None else image.details.get("sections", ())
+    return next((name for name, start, size in sections if start <= offset < start + size), None)
+
+
 def extents(regions: Iterable[Region]) -> Iterator[Extent]:
     """Regions joined where one goes on where the one before it ends: how images were cut is no difference."""
     open_: Extent | None = None

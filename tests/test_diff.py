@@ -16,7 +16,7 @@ import pytest
 from enturbo import EnclaveImage, Measurement, Region, SigningKey
 from enturbo.runtime.cli import main
 from enturbo.runtime.commands.differing import SHOWN_EXTENTS
-from enturbo.runtime.difference import difference
+from enturbo.runtime.difference import difference, section_of
 from enturbo.runtime.page_difference import PIECE_PAGES, first_page
 
 Enturbo = Callable[..., tuple[int, str, str]]
@@ -309,3 +309,14 @@ def test_output_is_bounded(tmp_path: Path, enturbo: Enturbo) -> None:
     assert len(out.splitlines()) < 2 * SHOWN_EXTENTS + 30
     _, out, _ = enturbo("diff", one, two, "--json")
     assert len(json.loads(out)["regions_only_a"]) == 5_000
+
+
+def test_the_section_is_named_where_the_file_tells() -> None:
+    sections = [[".text", 0x10, 0xFF0], [".data", 0x1000, 8]]
+    told = EnclaveImage([Region(0, 1, 0x205, b"code")], size=4096, details={"sections": sections})
+    assert section_of(told, 0xF) is None
+    assert section_of(told, 0x10) == ".text"
+    assert section_of(told, 0x1000) == ".data"
+    assert section_of(told, 0x1008) is None
+    assert section_of(EnclaveImage([Region(0, 1, 0x205, b"code")], size=4096), 0x10) is None
+    assert section_of(None, 0x10) is None

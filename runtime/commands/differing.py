@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import typer
 
-from ..difference import Difference, Field, difference, sigstruct_difference
+from ..difference import Difference, Field, difference, section_of, sigstruct_difference
 from ..inspection import access, measured
 from ..page_difference import Extent, PageDifference
 from . import options
@@ -55,7 +55,7 @@ def _row(found: Difference, a: Subject, b: Subject) -> dict[str, Any]:
         "regions_only_a": [_extent(each) for each in found.only_a],
         "regions_only_b": [_extent(each) for each in found.only_b],
         "order_differs": found.order,
-        "page": None if found.page is None else _page(found.page),
+        "page": None if found.page is None else _page(found.page, a, b),
         "dynamic_only_a": [_extent(each) for each in found.dynamic_a],
         "dynamic_only_b": [_extent(each) for each in found.dynamic_b],
         "sigstruct": _fields(found.sigstruct),
@@ -84,11 +84,16 @@ def _extent(extent: Extent) -> dict[str, Any]:
     }
 
 
-def _page(page: PageDifference) -> dict[str, Any]:
+def _page(page: PageDifference, a: Subject, b: Subject) -> dict[str, Any]:
+    def side(extent: Extent | None, subject: Subject) -> dict[str, Any] | None:
+        if extent is None:
+            return None
+        return _extent(extent) | {"section": section_of(subject.image, extent.offset + (page.at or 0))}
+
     return {
         **asdict(page),
-        "a": None if page.a is None else _extent(page.a),
-        "b": None if page.b is None else _extent(page.b),
+        "a": side(page.a, a),
+        "b": side(page.b, b),
         "bytes_a": page.bytes_a.hex(),
         "bytes_b": page.bytes_b.hex(),
     }
@@ -116,7 +121,7 @@ def _print(found: Difference, a: Subject, b: Subject) -> None:
     if found.page is not None:
         print()
         print_facts(
-            _page_texts(found.page), f"first differing page: number {found.page.number} in EADD order"
+            _page_texts(found.page, a, b), f"first differing page: number {found.page.number} in EADD order"
         )
     if found.sigstruct:
         print()
@@ -146,17 +151,22 @@ def _text(value: object) -> str:
     return str(value) if isinstance(value, bool) or not isinstance(value, int) else f"{value:#x}"
 
 
-def _page_texts(page: PageDifference) -> dict[str, object]:
+def _page_texts(page: PageDifference, a: Subject, b: Subject) -> dict[str, object]:
     texts: dict[str, object] = {"what": page.what}
     if page.what == "bytes":
         measured_too = "measured" if page.in_mrenclave else "not measured: MRENCLAVE is the same"
         texts["what"] = f"{page.run} bytes at {page.at:#x} in the page, {measured_too}"
-    for side, extent, differing in (("A", page.a, page.bytes_a), ("B", page.b, page.bytes_b)):
+    for side, of, extent, differing in (
+        ("A", a, page.a, page.bytes_a),
+        ("B", b, page.b, page.bytes_b),
+    ):
         if extent is None:
             texts[side] = "no such page: the image ends before it"
             continue
         parts = [f"offset {extent.offset:#x}", access(extent.flags), f"measured {measured(extent.chunks)}"]
-        texts[side] = ", ".join([*parts, extent.label] if extent.label else parts)
+        section = section_of(of.image, extent.offset + (page.at or 0))
+        where = [extent.label, f"section {section}" if section else ""]
+        texts[side] = ", ".join([*parts, *filter(None, where)])
         if differing:
             texts[f"{side} holds"] = differing.hex(" ") + (" …" if page.run > len(differing) else "")
     return texts

@@ -68,7 +68,8 @@ def _image(facts: Mapping[str, Any]) -> dict[str, object]:
         "regions": len(facts["regions"]),
         "TCS pages": sum(tcs["pages"] for tcs in facts["tcs"]),
     }
-    return texts | {name.replace("_", " "): _short(value) for name, value in facts["details"].items()}
+    shown = {name: value for name, value in facts["details"].items() if name != "sections"}  # --json has them
+    return texts | {name.replace("_", " "): _short(value) for name, value in shown.items()}
 
 
 def _variant(variant: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, object]:

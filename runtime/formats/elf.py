@@ -57,6 +57,8 @@ IDENT: Final = MAGIC + bytes([2, 1, 1])  # 64 bits, little-endian, version 1
 _PHDR: Final = struct.Struct("<IIQQ8xQQQ")  # type, flags, offset, vaddr, filesz, memsz, align
 _SHDR: Final = struct.Struct("<IIQQQQIIQQ")  # all ten fields
 _DYN: Final = struct.Struct("<QQ")
+SHF_ALLOC: Final = 2
+MAX_NAMED: Final = 256  # sections that are told to people
 MAX_DYNAMIC: Final = 1 << 14  # entries; linkers write a few dozen
 
 
@@ -171,6 +173,25 @@ class Elf:
             if strings[section.name : section.name + len(wanted)] == wanted:
                 return section
         return None
+
+    def loaded_sections(self) -> list[tuple[str, int, int]]:
+        """(name, address, size) of the sections that stand in memory, to tell people where an address lies.
+
+        Nothing depends on them: without a table of sections, or with an odd one, there are none.
+        """
+        names = self.header("shstrndx")
+        try:
+            if names >= len(self.sections):
+                return []
+            strings = self.section_bytes(self.sections[names], "section names")
+        except ImageFormatError:
+            return []
+        found = []
+        for section in self.sections[:MAX_NAMED]:
+            if section.flags & SHF_ALLOC and section.size:
+                text = bytes(strings[section.name : section.name + 64]).partition(b"\0")[0]
+                found.append((text.decode("utf-8", "backslashreplace"), section.addr, section.size))
+        return found
 
     def section_at(self, addr: int) -> Section | None:
         """The first section with that sh_addr: how loaders find a table in the file by its address."""

@@ -90,6 +90,7 @@ def _image(
     from ..image import EnclaveImage
 
     fields, elrange = metadata.fields, metadata.elrange
+    shift = 0 if elrange is None else elrange.image_address - elrange.start_address
     return EnclaveImage(
         regions,
         size=metadata.enclave_size if elrange is None else elrange.size,
@@ -107,6 +108,7 @@ def _image(
             "enclave_size": metadata.enclave_size,
             "attributes": {"flags": fields["attributes_flags"], "xfrm": fields["attributes_xfrm"]},
             "elrange": None if elrange is None else elrange._asdict(),
+            "sections": [[name, at + shift, size] for name, at, size in metadata.elf.loaded_sections()],
         },
         variants=variants,
     )

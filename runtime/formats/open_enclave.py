@@ -192,6 +192,7 @@ class _Reader:
         """For ``enturbo inspect``."""
         names = ("product_id", "svn", "heap_pages", "stack_pages", "tcs_count", "attributes", "xfrm")
         flags = self.get("flags")
+        base = self.get("start_address") if flags & FLAG_ZERO_BASE else 0
         return {
             "format": "open-enclave-elf",
             **{name: self.get(name) for name in names},
@@ -204,4 +205,5 @@ class _Reader:
             "image_size": self.flat.size,
             "relocation_bytes": len(layout.relocations),
             "tls_pages": layout.tls_pages,
+            "sections": [[name, at + base, size] for name, at, size in self.elf.loaded_sections()],
         }

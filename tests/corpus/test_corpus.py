@@ -16,7 +16,16 @@ from typing import Any
 
 import pytest
 
-from enturbo import EnclaveImage, EnclaveState, NoHandler, Region, Runtime, SigningKey, Sigstruct
+from enturbo import (
+    EnclaveImage,
+    EnclaveState,
+    NoHandler,
+    Region,
+    Runtime,
+    SignatureError,
+    SigningKey,
+    Sigstruct,
+)
 from enturbo.runtime.formats import detect
 from enturbo.runtime.inspection import image_facts, signature_checks
 
@@ -81,6 +90,21 @@ def test_it_measures_to_what_was_signed(row: dict[str, Any], found: dict[str, Pa
         facts = image_facts(image)
         assert len(facts["regions"]) == len(image.regions)
         assert facts["tcs"]
+
+
+@needs_corpus
+@rows
+def test_one_flipped_bit_makes_its_sigstruct_invalid(row: dict[str, Any], found: dict[str, Path]) -> None:
+    """In the hash, the modulus, the signature, Q1, Q2 or the attributes; offsets as in the manual."""
+    if not row.get("signed", True):
+        pytest.skip("it has no SIGSTRUCT")
+    with EnclaveImage.load(file_of(row, found)) as image:
+        encoded = sigstruct_of(row, image, found).encode()
+    for at in (960, 991, 128, 511, 516, 899, 1040, 1423, 1424, 1807, 928, 944):
+        flipped = bytearray(encoded)
+        flipped[at] ^= 0x10
+        with pytest.raises(SignatureError):
+            Sigstruct.parse(bytes(flipped)).verify()
 
 
 def small(row: dict[str, Any], found: dict[str, Path]) -> EnclaveImage:

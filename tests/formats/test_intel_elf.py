@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def test_a_plain_enclave(kit: Any, plain: Plain) -> None:
         "enclave_size": 1 << 20,
         "attributes": {"flags": 4, "xfrm": 3},
         "elrange": None,
+        "sections": [],
     }
     labels = [region.label for region in image.regions]
     assert labels[:6] == [
@@ -771,3 +773,14 @@ def test_other_elf_files_are_no_known_format(kit: Any, plain: Plain) -> None:
     file = plain(section=".note.other")
     with pytest.raises(ImageFormatError, match=r"format at offset 0x0.*intel-sdk-elf"):
         kit.load(file.build())
+
+
+def test_loaded_sections_are_named_for_people(kit: Any, tmp_path: Path) -> None:
+    """Those with SHF_ALLOC; a table of names that is not there costs nothing but the names."""
+    file = kit.File([kit.Seg(0, b"x" * 8192)], rela=[(0x1000, 8)])
+    raw = bytearray(file.build())
+    struct.pack_into("<Q", raw, file.at["shdr"] + 64 + 8, 2)
+    path = tmp_path / "named.so"
+    path.write_bytes(raw)
+    with EnclaveImage.load(path) as image:
+        assert image.details["sections"] == [[".rela.dyn", 0x7000_0000, 24]]
