@@ -9,6 +9,7 @@ Test modules cannot import one another: each loads this one from its path.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 import enturbo
@@ -94,15 +96,26 @@ def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Told that it is in CI, pytest writes out in full how page lists differ, which takes minutes.
     unwanted = ("ENTURBO_", "PYTEST_", "CI", "BUILD_NUMBER")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=package.parent,
-        env=kept | {"PYTHONPATH": str(package.parent)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    try:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=package.parent,
+            env=kept | {"PYTHONPATH": str(package.parent)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    finally:
+        _end_strays(package.parent)
+
+
+def _end_strays(folder: Path) -> None:
+    """Without a rule a test may end with a worker that is stopped, and cannot see that its host is gone."""
+    for process in psutil.process_iter(["cmdline"]):
+        if f"enturbo={folder}" in (process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def run_test(package: Path, test: str) -> subprocess.CompletedProcess[str]:
