@@ -21,6 +21,7 @@ MAP_PRIVATE: Final = 0x02
 MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
 MAP_NORESERVE: Final = 0x4000
+MAP_FIXED_NOREPLACE: Final = 0x100000
 
 MADV_DONTFORK: Final = 10
 MADV_NOHUGEPAGE: Final = 15
@@ -47,6 +48,8 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_libc.syscall.restype = ctypes.c_long
 
 
 def _error(call: str) -> OSError:
@@ -78,6 +81,29 @@ def madvise(address: int, length: int, advice: int) -> None:
     """Advise the kernel about mapped pages. Raises OSError. See madvise(2)."""
     if _libc.madvise(address, length, advice) != 0:
         raise _error(f"madvise {advice} of {length} bytes")
+
+
+def ioctl(fd: int, request: int, argument: ctypes.Structure | ctypes.c_uint64) -> int:
+    """An ioctl(2) that fills ``argument``: 0, or the errno."""
+    return 0 if _libc.ioctl(fd, request, ctypes.byref(argument)) == 0 else ctypes.get_errno()
+
+
+def ioctl_result(fd: int, request: int, argument: ctypes.Structure) -> int:
+    """An ioctl(2) that returns something: that, or -1."""
+    return int(_libc.ioctl(fd, request, ctypes.byref(argument)))
+
+
+def ioctl_value(fd: int, request: int, value: int) -> int:
+    """An ioctl(2) with a plain number: 0, or the errno."""
+    return 0 if _libc.ioctl(fd, request, ctypes.c_void_p(value)) == 0 else ctypes.get_errno()
+
+
+def syscall(number: int, *arguments: int) -> int:
+    """A system call that has no wrapper, with plain numbers. Raises OSError. See syscall(2)."""
+    result = int(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments)))
+    if result < 0:
+        raise _error(f"system call {number}")
+    return result
 
 
 def prctl(option: int, value: int) -> None:

@@ -43,13 +43,16 @@ def _aligned(fd: int, size: int, protection: int) -> int:
         raise
 
 
-def reserve(size: int, remainder: int) -> int:
+def reserve(size: int, remainder: int, at: int | None = None) -> int:
     """Reserve address space for ``size`` bytes, inaccessible; the address is ``remainder`` modulo two MiB.
 
-    ``remainder``: a multiple of the page size. Raises OSError.
+    ``remainder``: a multiple of the page size. ``at``: behind this address, a multiple of two MiB, and
+    nowhere else. Raises OSError.
     """
     size = -(-size // PAGE_SIZE) * PAGE_SIZE
     flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+    if at is not None:
+        return libc.mmap(at + remainder, size, libc.PROT_NONE, flags | libc.MAP_FIXED_NOREPLACE)
     base = libc.mmap(None, size + HUGE_PAGE, libc.PROT_NONE, flags)
     address = base + (remainder - base) % HUGE_PAGE
     if address > base:
