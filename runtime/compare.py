@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .enclave import Enclave
     from .host import Runtime
     from .keys import SigningKey
+    from .spec import WrlockMode
 
 VERDICT_SECONDS: Final = 120.0
 WORKER_SECONDS: Final = 10.0
@@ -233,11 +234,12 @@ def measurers(enclave: Enclave, pages: int) -> dict[str, int]:
         time.sleep(0.002)
 
 
-def epc_size(image: EnclaveImage) -> int:
-    """Bytes of an EPC that holds one launch of ``image``."""
+def epc_size(image: EnclaveImage, wrlock: WrlockMode = "wait") -> int:
+    """Bytes of an EPC that holds one launch of ``image``, and its private copies."""
     from ..shm.layout import PAGE_SIZE
+    from .spawning import shadow_pages
 
-    return max(1, image.epc_pages) * PAGE_SIZE
+    return max(1, image.epc_pages + shadow_pages(image, wrlock)) * PAGE_SIZE
 
 
 def _sample(enclave: Enclave) -> Sample:

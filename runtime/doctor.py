@@ -6,24 +6,22 @@ Everything is looked up cheaply and without side effects. Nothing here is needed
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import sys
 from pathlib import Path
 from typing import Any, Final
 
+from ..shm import uffd
 from ..shm.errors import EnturboError
 from ..shm.layout import EPCM_ENTRY, PAGE_SIZE, SMC_SIZE
 from ..shm.mapping import HUGE_PAGE
 from ..shm.segment import SHM_DIRECTORY, Segment
 from ..workers.sha256 import get_hasher, hasher_report
+from . import landlock, seccomp
+from .enforcement import MEANING, probe
 
 CPU_FLAGS: Final = ("sha_ni", "avx2", "avx512f")
-LANDLOCK_CREATE_RULESET: Final = 444  # the same number on every architecture
-LANDLOCK_VERSION: Final = 1
-USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
-UFFD_USER_MODE_ONLY: Final = 1
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -135,29 +133,17 @@ def _grants_huge_pages() -> bool:
 
 def _gates() -> dict[str, Any]:
     _, flags = _cpu()
+    found = probe()
+    features = uffd.probe(user_mode_only=True)
     return {
-        "enforcement": "cooperative",
-        "confidentiality": False,
-        "userfaultfd": _has_userfaultfd(),
-        "landlock_abi": _landlock_abi(),
-        "seccomp": Path("/proc/sys/kernel/seccomp/actions_avail").exists(),
+        "enforcement": found.level,
+        "which_means": MEANING[found.level],
+        "missing_for_more": list(found.missing),
+        "userfaultfd": uffd.probe(user_mode_only=False) != 0,
+        "userfaultfd_user_mode": features != 0,
+        "userfaultfd_poison": features & uffd.FEATURE_POISON != 0,
+        "landlock_abi": landlock.abi(),
+        "seccomp_notification": seccomp.probe(),
         "protection_keys": "ospke" in flags,
+        "confidentiality": False,
     }
-
-
-def _has_userfaultfd() -> bool | None:
-    """Whether an unprivileged userfaultfd can be had; None: not known for this machine."""
-    number = USERFAULTFD.get(platform.machine())
-    if number is None:
-        return None
-    fd = ctypes.CDLL(None).syscall(number, os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
-    if fd < 0:
-        return False
-    os.close(fd)
-    return True
-
-
-def _landlock_abi() -> int:
-    """Landlock's ABI version; 0: the kernel has none, or it is off."""
-    version: int = ctypes.CDLL(None).syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_VERSION)
-    return max(0, version)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from ..shm.errors import EnclaveDestroyed, EnturboError, LaunchTimeout, NoHandler, UntrustedSigner
 from ..workers.pool import describe_status
+from .guard import Guard
 from .session import Session
 from .startup import Start, Strategy
 from .threads import Task
@@ -58,9 +59,10 @@ class Enclave:
         strategy: Strategy,
         start: Start,
         session: Callable[[Enclave], Session] | None,
+        guard: Guard | None,
         timeline: Timeline,
     ) -> None:
-        self._host, self._strategy, self._start = host, strategy, start
+        self._host, self._strategy, self._start, self._guard = host, strategy, start, guard
         self.timeline = timeline
         self._condition = threading.Condition()
         self._state = EnclaveState.CREATED
@@ -92,8 +94,11 @@ class Enclave:
 
     @property
     def enforcement(self) -> str:
-        """What stands behind the gates: ``cooperative``."""
-        return "cooperative"
+        """What stands behind gates and hold: ``kernel``, ``kernel-user`` or ``cooperative``.
+
+        See :mod:`enturbo.runtime.enforcement`.
+        """
+        return self._host.enforcement.level
 
     @property
     def stdout(self) -> bytes:
@@ -185,6 +190,8 @@ class Enclave:
         self._start.forget()
         if self._session is not None and not self._ended.is_set():
             self._session.forget()
+        if self._guard is not None and not self._ended.is_set():
+            self._guard.forget()
 
     def notify(self) -> None:
         """Pool thread: something may have changed."""
@@ -220,10 +227,12 @@ class Enclave:
         if self._start.verify(mrenclave):
             self._set_state(EnclaveState.VERIFIED)
         log.debug("launch %d: %s", self.generation, self.timeline)
-        if self._session is not None:
+        if self._session is not None and self._guard is not None:
+            self._guard.lift()
             if not early:
                 self._session.start()
             self._session.release()
+            self._guard.release()
 
     def _reject(self, error: EnturboError) -> None:
         cancelled = isinstance(error, EnclaveDestroyed)
@@ -232,6 +241,8 @@ class Enclave:
         else:
             log.warning("launch %d rejected: %s", self.generation, error)
         self._start.abort_copy()
+        if self._guard is not None:
+            self._guard.reject()
         state = EnclaveState.DESTROYED if cancelled else EnclaveState.REJECTED
         self._end(error, state)
 
@@ -266,6 +277,8 @@ class Enclave:
                 gone = self._host.end_process(self._session.process) and gone
                 error = _with_status(error, self._session, by_itself=not self._closed)
                 self._session.close()
+            if self._guard is not None and gone:
+                self._guard.close()
             # A start thread that did not unwind in time might still copy: its pages are not reused.
             unwound = self._thread.is_current or not self._thread.is_alive()
             self._host.arena.reclaim(self._start.place, gone and unwound, shared=self._start.shared)

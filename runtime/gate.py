@@ -1,14 +1,20 @@
-"""The gates of the EPCM as the enclave's own process applies them, and the mapping of its pages.
+"""The gates of the EPCM as the enclave's own process meets them, and the mapping of its pages.
 
 Every access to enclave memory goes through a :class:`Gate`: a read waits until its pages are VALID, a write
-also until their WRLOCK is off (the measurer has released them). This one is *cooperative*: the code that
-runs in the enclave asks before it touches, so it orders honest programs and stops nobody who takes addresses
-into their own hands. Nothing outside this module knows how a gate waits or where pages are mapped, so one
-enforced by the kernel can take its place.
+also until their WRLOCK is off (the measurer has released them). There are two:
 
-What does not depend on honesty: pages without W are mapped privately from a descriptor that was opened
-read-only, so no store of this process ever reaches them; the EPCM is mapped from such a descriptor too; and
-no descriptor of either stays open. Standard library only; the zygote imports this module.
+    Gate         cooperative: the code that runs in the enclave asks before it touches, so it orders honest
+                 programs and stops nobody who takes addresses into their own hands
+    KernelGate   enforced: the pages are under userfaultfd, and *any* access of this process sleeps in the
+                 kernel until a process outside lets it through (:mod:`enturbo.runtime.pager`)
+
+Nothing outside this module knows how a gate waits or where pages are mapped.
+
+What depends on neither: pages without W are mapped privately from a descriptor that was opened read-only,
+so no store of this process ever reaches them; the EPCM is mapped from such a descriptor too; and no
+descriptor of either stays open. With ``wrlock="shadow"`` the measured pages that have W are mapped in that
+way as well: a store makes a private copy, so nobody waits for the release and what is measured cannot change.
+Standard library only; the zygote imports this module.
 """
 
 from __future__ import annotations
@@ -16,21 +22,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap as _mmap
+import os
 import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from typing import Final
 
 from ..shm import libc
 from ..shm.errors import EnturboError, GateTimeout
 from ..shm.layout import EPCM_ENTRY, PAGE_SIZE
 from ..shm.mapping import HUGE_PAGE, reserve
-
-SECINFO_R: Final = 1
-SECINFO_W: Final = 2
-SECINFO_X: Final = 4
+from .spec import EXTENT_BASE, EXTENT_END, SECINFO_R, SECINFO_W, SECINFO_X, EnclaveSpec, Run
 
 SPIN: Final = 50e-6  # seconds of looking again at once, before sleeping
 SLEEP_MAX: Final = 1e-3  # the longest sleep between two looks, seconds
@@ -41,51 +45,6 @@ _GENERATION: Final = EPCM_ENTRY.offset("generation") // 4
 _VALID: Final = EPCM_ENTRY.offset("valid") // 4
 _RELEASED: Final = EPCM_ENTRY.offset("released") // 4
 _LOOK: Final = 4096  # entries looked at together
-
-GateMode = Literal["write", "execute"]
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Run:
-    """Pages that follow each other in the enclave and in its extent, with one set of SECINFO flags.
-
-    ``linear`` and ``index`` are the first page's number from SECS.BASEADDR and in the extent; ``dynamic``
-    pages are EAUG'd, not added; ``chunks`` is the mask of measured chunks.
-    """
-
-    linear: int
-    index: int
-    count: int
-    flags: int
-    dynamic: bool
-    chunks: int
-
-
-@dataclass(frozen=True)
-class EnclaveSpec:
-    """What the enclave's process must know to map its pages. Times are seconds, the rest counts pages.
-
-    ``first_page`` is the extent's first page in the EPC; ``page_count`` includes dynamic pages, which stand
-    behind the ``stream_pages`` of the record stream. ``gate_timeout`` is what one access waits at most.
-    """
-
-    generation: int
-    first_page: int
-    page_count: int
-    stream_pages: int
-    runs: tuple[Run, ...]
-    gate: GateMode = "write"
-    gate_timeout: float = 30.0
-
-    def to_message(self) -> list[Any]:
-        """As plain lists, for a message."""
-        return list(astuple(self))
-
-    @classmethod
-    def from_message(cls, message: list[Any]) -> EnclaveSpec:
-        """The inverse of :meth:`to_message`."""
-        generation, first, count, stream, runs, gate, timeout = message
-        return cls(generation, first, count, stream, tuple(Run(*run) for run in runs), gate, timeout)
 
 
 class Gate:
@@ -100,6 +59,7 @@ class Gate:
         self._generation = spec.generation
         self._timeout = spec.gate_timeout
         self._execute = spec.gate == "execute"
+        self._shadow = spec.wrlock == "shadow"
         self._memory = memory
         self._base = first_linear * PAGE_SIZE
         self._words = entries.cast("B").cast("I")
@@ -110,6 +70,8 @@ class Gate:
         self._valid = bytearray(spec.page_count)
         self._released = bytearray(spec.page_count)
         self._dynamic = [run for run in self._runs if run.dynamic]
+        self._shadowed = [run for run in self._runs if run.locked] if self._shadow else []
+        self._pagemap = -1  # to be opened when it is needed
 
     def readable(self, offset: int, size: int) -> None:
         """Wait until ``size`` bytes at ``offset`` may be read."""
@@ -119,8 +81,10 @@ class Gate:
 
     def writable(self, offset: int, size: int) -> None:
         """Wait until ``size`` bytes at ``offset`` may be written."""
+        # A private copy is made of the bytes that are there, so it needs them to be there; no more than that.
+        seen = self._valid if self._shadow and not self._execute else self._released
         for first, end in self._spans(offset, size, SECINFO_W):
-            self._wait(self._released, first, end, "write")
+            self._wait(seen, first, end, "write")
 
     def read_view(self, offset: int, size: int) -> memoryview:
         """A read-only view of ``size`` bytes, once they may be read."""
@@ -139,18 +103,34 @@ class Gate:
         Counted in the page table (proc(5), pagemap), so it does not matter how they were touched; a read may
         map neighbours with it. 0 where the kernel does not tell.
         """
-        touched = 0
+        return sum(self._count(run, _PRESENT) for run in self._dynamic)
+
+    @property
+    def shadow(self) -> int:
+        """Private copies that stores of this process have made so far (``wrlock="shadow"``), likewise."""
+        return sum(self._count(run, _PRIVATE) for run in self._shadowed)
+
+    def keep_pagemap(self, fd: int) -> None:
+        """``fd`` is /proc/self/pagemap, which may be out of reach later; it stays the caller's."""
+        self._pagemap = fd
+
+    def _count(self, run: Run, kinds: bytes) -> int:
+        """Pages of ``run`` whose pagemap entry has a top byte that ``kinds`` translates to 1."""
+        page = (libc.address_of(self._memory) - self._base) // PAGE_SIZE + run.linear
+        found = 0
         try:
-            with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-                for run in self._dynamic:
-                    page = (libc.address_of(self._memory) - self._base) // PAGE_SIZE + run.linear
-                    pagemap.seek(8 * page)
-                    for start in range(0, run.count, 1 << 16):
-                        top = pagemap.read(8 * min(run.count - start, 1 << 16))[7::8]
-                        touched += len(top) - top.translate(_PRESENT).count(0)
+            fd = self._pagemap if self._pagemap >= 0 else os.open("/proc/self/pagemap", os.O_RDONLY)
+            try:
+                for start in range(0, run.count, 1 << 16):
+                    count = min(run.count - start, 1 << 16)
+                    top = os.pread(fd, 8 * count, 8 * (page + start))[7::8]
+                    found += top.translate(kinds).count(1)
+            finally:
+                if fd != self._pagemap:
+                    os.close(fd)
         except OSError:
             return 0
-        return touched
+        return found
 
     def _slice(self, offset: int, size: int) -> memoryview:
         start = offset - self._base
@@ -242,47 +222,99 @@ class Gate:
         )
 
 
-# Bits 63 and 62 of a pagemap entry: present, swapped out.
+class KernelGate(Gate):
+    """The same memory under userfaultfd: whoever touches a page that is not ready sleeps in the kernel.
+
+    So there is nothing to wait for here. ``user_mode_only``: a system call on such a page fails with EFAULT
+    where a plain access would sleep, so pages are touched before they are handed out.
+    """
+
+    def __init__(
+        self,
+        spec: EnclaveSpec,
+        memory: memoryview,
+        entries: memoryview,
+        first_linear: int,
+        *,
+        user_mode_only: bool,
+    ) -> None:
+        super().__init__(spec, memory, entries, first_linear)
+        self._touches = user_mode_only
+
+    def readable(self, offset: int, size: int) -> None:
+        """Only the flags are looked at."""
+        for _ in self._spans(offset, size, SECINFO_R):
+            self._touch(offset, size)
+
+    def writable(self, offset: int, size: int) -> None:
+        """Only the flags are looked at. ``user_mode_only``: the release is waited for as without a kernel."""
+        if self._touches and not self._shadow:
+            super().writable(offset, size)
+        for _ in self._spans(offset, size, SECINFO_W):
+            self._touch(offset, size)
+
+    def _touch(self, offset: int, size: int) -> None:
+        if self._touches and size:
+            start = offset - self._base
+            begin = start - start % PAGE_SIZE
+            bytes(self._memory[begin : start + size : PAGE_SIZE])
+
+
+# Bits 63, 62 and 61 of a pagemap entry: present, swapped out, a page of a file or of shared memory.
 _PRESENT: Final = bytes(1 if top & 0xC0 else 0 for top in range(256))
+_PRIVATE: Final = bytes(1 if top & 0xC0 and not top & 0x20 else 0 for top in range(256))
 
 
-def map_enclave(spec: EnclaveSpec, epc_rw: int, epc_ro: int, epcm_ro: int) -> Gate:
+@dataclass(frozen=True)
+class Mapped:
+    """An enclave's pages as this process has them: address of page ``spec.first_linear``, and its entries."""
+
+    address: int
+    memory: memoryview
+    entries: memoryview
+
+
+def map_enclave(spec: EnclaveSpec, epc_rw: int, epc_ro: int, epcm_ro: int, *, fixed: bool) -> Mapped:
     """Map an enclave's pages and EPCM entries; the caller closes the three descriptors directly after.
 
     The linear range is reserved first and each run placed into it, so page offsets are what the image says.
     Its largest run stands at an address that allows huge pages, where the EPC has them: that run then costs a
-    fault for two MiB. Children do not inherit the pages. Raises OSError, or EnturboError where pages are not
-    4 KiB.
+    fault for two MiB. Children do not inherit the pages. ``fixed``: in the range from EXTENT_BASE on. Raises
+    OSError, or EnturboError where pages are not 4 KiB.
     """
     if _mmap.PAGESIZE != PAGE_SIZE:
         raise EnturboError(
             f"enclaves need a kernel with {PAGE_SIZE}-byte pages, this one has {_mmap.PAGESIZE}"
         )
-    first = min(run.linear for run in spec.runs)
-    span = (max(run.linear + run.count for run in spec.runs) - first) * PAGE_SIZE
+    first, span = spec.first_linear, spec.span
     largest = max(spec.runs, key=lambda run: 0 if run.dynamic else run.count)
     shift = spec.first_page + largest.index - (largest.linear - first)
-    base = reserve(span, shift * PAGE_SIZE % HUGE_PAGE)
+    base = reserve(span, shift * PAGE_SIZE % HUGE_PAGE, EXTENT_BASE if fixed else None)
+    if fixed and base + span > EXTENT_END:
+        raise EnturboError(f"an enclave of {span} bytes is larger than what can be gated")
     for run in spec.runs:
         if run.count and run.flags & (SECINFO_R | SECINFO_W):
             address = base + (run.linear - first) * PAGE_SIZE
-            _map_run(run, address, (spec.first_page + run.index) * PAGE_SIZE, epc_rw, epc_ro)
+            shadow = spec.wrlock == "shadow" and run.locked
+            _map_run(run, address, (spec.first_page + run.index) * PAGE_SIZE, epc_rw, epc_ro, shadow=shadow)
             if run.dynamic:
                 # First touches are counted by page (EAUG).
                 with contextlib.suppress(OSError):
                     libc.madvise(address, run.count * PAGE_SIZE, libc.MADV_NOHUGEPAGE)
     libc.madvise(base, span, libc.MADV_DONTFORK)
-    return Gate(spec, libc.memory(base, span), _map_entries(spec, epcm_ro), first)
+    return Mapped(base, libc.memory(base, span), _map_entries(spec, epcm_ro))
 
 
-def _map_run(run: Run, address: int, offset: int, epc_rw: int, epc_ro: int) -> None:
+def _map_run(run: Run, address: int, offset: int, epc_rw: int, epc_ro: int, *, shadow: bool) -> None:
     """A page without W is never writable through the segment: private, and from a read-only descriptor,
-    because mprotect may add WRITE to a shared mapping of a read-write one."""
+    because mprotect may add WRITE to a shared mapping of a read-write one. Nor is a shadowed one: what this
+    process stores goes to its own copy."""
     protection = libc.PROT_READ
     fd, flags = epc_ro, libc.MAP_PRIVATE
     if run.flags & SECINFO_W:
         protection |= libc.PROT_WRITE
-        fd, flags = epc_rw, libc.MAP_SHARED
+        if not shadow:
+            fd, flags = epc_rw, libc.MAP_SHARED
     executable = libc.PROT_EXEC if run.flags & SECINFO_X else 0
     size = run.count * PAGE_SIZE
     try:

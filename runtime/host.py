@@ -12,7 +12,6 @@ import atexit
 import logging
 import os
 import platform
-import socket
 import threading
 import time
 import weakref
@@ -28,15 +27,20 @@ from ..workers.copying import copy_into
 from ..workers.pool import Pool
 from ..workers.protocol import BLIND, COPIED, DONE, SCRUBBED, SPAN, News
 from ..workers.sha256 import get_hasher
-from .arena import Arena, Place
+from ..workers.wrlock import WriteLocks
+from .arena import Arena
 from .enclave import Enclave
-from .gate import EnclaveSpec, GateMode, Run
+from .enforcement import choose
+from .guard import Guard, Warden
 from .image import EnclaveImage
 from .measurement import Measurement
+from .policy import Policy
 from .processes import EnclaveProcess, Zygote
-from .session import DEFAULT_OUTPUT_LIMIT, SPAWN_SECONDS, Channel, Ocalls, Session
+from .session import DEFAULT_OUTPUT_LIMIT, Channel, Ocalls, Session
 from .sigstruct import Sigstruct
 from .sizes import parse_size
+from .spawning import enclave_spec, shadow_pages, spawn
+from .spec import EnclaveSpec, GateMode, WrlockMode
 from .startup import PREFERENCES, STARTUPS, Preference, Start, Strategy
 from .threads import Threads
 from .trace import Timeline
@@ -47,6 +51,7 @@ log.addHandler(logging.NullHandler())  # what is logged is the application's to 
 
 MAX_WORKERS: Final = 8
 GATES: Final = ("write", "execute")
+WRLOCKS: Final = ("wait", "shadow")
 END_SECONDS: Final = 5.0  # for an enclave's processes to be gone; past it its pages stay quarantined
 
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
@@ -69,8 +74,13 @@ class Runtime:
             launch are killed. gate_timeout: seconds an enclave waits for a page (GateTimeout).
         max_worker_deaths: more than these during one launch reject it (WorkerLost).
         output_limit: bytes of stdout and stderr a call may write.
+        enforcement: ``"kernel"``, ``"cooperative"``, or ``"auto"``: the highest that this kernel has, with a
+            warning in the log where that is none. require_enforcement: refuse to run without.
+        wrlock: what a store to a page does that is not measured yet: ``"wait"``, or ``"shadow"``: go to a
+            private copy, for which a page of the EPC is reserved.
+        policy: what enclaves may do once they are VERIFIED; None: write in a scratch folder, no network.
 
-    Raises SharedMemoryFull, EnturboError. Use as a context manager, or :meth:`close`.
+    Raises SharedMemoryFull, EnforcementUnavailable, EnturboError. Use as a context manager, or :meth:`close`.
     """
 
     def __init__(
@@ -91,11 +101,19 @@ class Runtime:
         gate_timeout: float = 30.0,
         max_worker_deaths: int = 64,
         output_limit: int = DEFAULT_OUTPUT_LIMIT,
+        enforcement: str = "auto",
+        require_enforcement: bool = False,
+        wrlock: WrlockMode = "wait",
+        policy: Policy | None = None,
     ) -> None:
         if gate not in GATES:
             raise EnturboError(f"gate: expected one of {', '.join(GATES)}, found {gate!r}")
+        if wrlock not in WRLOCKS:
+            raise EnturboError(f"wrlock: expected one of {', '.join(WRLOCKS)}, found {wrlock!r}")
         if workers is not None and workers < 0:
             raise EnturboError(f"workers: expected a number from 0, found {workers}")
+        self.enforcement = choose(enforcement, required=require_enforcement)
+        self.wrlock: WrlockMode = wrlock
         self.cores = len(os.sched_getaffinity(0))
         self.hasher = get_hasher(hasher)
         # Pages handed to other processes rely on x86-64's store order; see enturbo.shm.epcm. Elsewhere the
@@ -136,6 +154,9 @@ class Runtime:
         self.memory = self.arena.memory
         self._pool = Pool(
             self.memory, self.workers, self.hasher.name, on_news=self._on_news, on_change=self._on_change
+        )
+        self._warden = Warden(
+            self.memory, self.enforcement, policy or Policy(), self._pool.share, self._pool.unshare
         )
         self._zygote = Zygote()
         self.threads = Threads("enturbo-start")
@@ -228,14 +249,17 @@ class Runtime:
         ocalls: Ocalls,
     ) -> Enclave:
         """A place and an enclave in it that :meth:`close` knows of; nothing runs yet."""
-        place = self.arena.take(image.epc_pages)
+        place = self.arena.take(image.epc_pages + shadow_pages(image, self.wrlock))
         start = None
         try:
             start = Start(self, image, measurement, place, timeline, prefer)
-            session = None
+            session = guard = None
             if image.handler is not None:
-                session = self._session_maker(image, place, timeline, ocalls)
-            enclave = Enclave(self, strategy, start, session, timeline)
+                spec = enclave_spec(image, place, self.gate, self.gate_timeout, self.wrlock)
+                toucher = start.toucher if prefer == "start" else None
+                guard = self._warden.guard(spec, timeline, toucher)
+                session = self._session_maker(spec, guard, timeline, ocalls)
+            enclave = Enclave(self, strategy, start, session, guard, timeline)
         except BaseException:
             if start is not None:
                 start.close()
@@ -247,14 +271,12 @@ class Runtime:
         return enclave
 
     def _session_maker(
-        self, image: EnclaveImage, place: Place, timeline: Timeline, ocalls: Ocalls
+        self, spec: EnclaveSpec, guard: Guard, timeline: Timeline, ocalls: Ocalls
     ) -> Callable[[Enclave], Session]:
-        spec = enclave_spec(image, place, self.gate, self.gate_timeout)
-
         def make(enclave: Enclave) -> Session:
             return Session(
-                str(place.generation),
-                lambda: self._spawn(spec),
+                str(spec.generation),
+                lambda: self._spawn(spec, guard),
                 ocalls=ocalls,
                 timeline=timeline,
                 output_limit=self.output_limit,
@@ -263,32 +285,9 @@ class Runtime:
 
         return make
 
-    def _spawn(self, spec: EnclaveSpec) -> tuple[EnclaveProcess, Channel]:
-        """Fork an enclave process from the zygote and keep the host's ends of its channel."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        out_r, out_w = os.pipe2(os.O_CLOEXEC)
-        err_r, err_w = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(out_r, False)
-        os.set_blocking(err_r, False)
-        channel = Channel(ours, out_r, err_r)
-        try:
-            process = self._zygote.spawn(
-                spec,
-                self.memory.epc_segment.fd,
-                self.arena.epc_read_only,
-                self.arena.epcm_read_only,
-                theirs,
-                out_w,
-                err_w,
-                SPAWN_SECONDS,
-            )
-        except BaseException:
-            channel.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(out_w)
-            os.close(err_w)
+    def _spawn(self, spec: EnclaveSpec, guard: Guard) -> tuple[EnclaveProcess, Channel]:
+        process, channel = spawn(self._zygote, self.arena, spec, guard.seal())
+        guard.attach(process)
         return process, channel
 
     # ------------------------------------------------------------------------- what starts and ends need
@@ -296,6 +295,11 @@ class Runtime:
     def ring(self) -> None:
         """Wake the workers."""
         self._pool.ring()
+
+    @property
+    def locks(self) -> Mapping[int, WriteLocks]:
+        """The write locks of gated launches that are being measured, by generation."""
+        return self._pool.locks
 
     @property
     def pool_deaths(self) -> int:
@@ -430,8 +434,10 @@ class Runtime:
         for enclave in enclaves:
             enclave.close()
         self.threads.close()
+        self._warden.pager.close()  # before the pool: it has the write locks
         self._pool.close()
         self._zygote.close(END_SECONDS)
+        self._warden.close()
         self.arena.close()
         _runtimes.discard(self)
 
@@ -452,6 +458,7 @@ class Runtime:
             enclave.forget()
         self._pool.forget()
         self._zygote.forget()
+        self._warden.forget()
         self.arena.forget()
 
     def __enter__(self) -> Self:
@@ -461,29 +468,6 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def enclave_spec(image: EnclaveImage, place: Place, gate: GateMode, gate_timeout: float) -> EnclaveSpec:
-    """What the enclave process must know to map its pages."""
-    runs: list[Run] = []
-    index = 0
-    for regions, dynamic in ((image.regions, False), (image.dynamic, True)):
-        for region in regions:
-            runs.append(
-                Run(
-                    region.offset // PAGE_SIZE, index, region.page_count, region.flags, dynamic, region.chunks
-                )
-            )
-            index += region.page_count
-    return EnclaveSpec(
-        generation=place.generation,
-        first_page=place.first_page,
-        page_count=place.page_count,
-        stream_pages=image.page_count,
-        runs=tuple(runs),
-        gate=gate,
-        gate_timeout=gate_timeout,
-    )
 
 
 def _close_all() -> None:

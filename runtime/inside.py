@@ -1,8 +1,13 @@
 """The enclave's own process, from the fork on: shed the zygote, map the pages, serve calls.
 
-    fork ─► die with the zygote, own session ─► map ─► close every descriptor ─► importer ─► calls
-                                                 │        left: 0 /dev/null, 1 2 output pipes, 3 launch socket
-                                                 └─ EPC pages and EPCM entries, no descriptor of them stays
+    fork ─► die with the zygote, own session ─► map ─► close every descriptor ─► seal ─► importer ─► calls
+                                                 │                │               │
+              EPC pages and EPCM entries; no ────┘                │               └─ enturbo.runtime.sealing;
+              descriptor of them stays                            │                  userfaultfd and listener
+              left: 0 /dev/null, 1 2 output pipes, launch socket ─┘                  are given to the zygote
+
+A process that is sealed has its pages under userfaultfd (:class:`enturbo.runtime.gate.KernelGate`), one that
+is not asks a cooperative gate.
 
 Nothing here touches the image before its gate says so: even the program manifest is read through it. The
 calls' results go into the launch socket at once; the host does not read it before the launch is VERIFIED.
@@ -16,6 +21,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -26,15 +32,29 @@ from typing import Any, Final, NoReturn
 
 from ..shm import libc
 from ..shm.errors import EnturboError, GateTimeout
+from ..shm.layout import PAGE_SIZE
+from ..shm.uffd import MODE_MINOR, MODE_MISSING, MODE_WP, Userfaultfd
 from .context import Context
-from .gate import EnclaveSpec, Gate, map_enclave
+from .gate import Gate, KernelGate, Mapped, map_enclave
 from .importer import ORIGIN, BaseFinder, EPCFinder, forget_carried, install
 from .mailbox import Mailbox
 from .messages import MAX_FRAME, MessageError, Stream, StreamClosed
 from .program import HEADER, Program, decode, peek_length, split_handler
+from .sealing import Base
+from .sealing import seal as seal_process
+from .spec import EnclaveSpec, SealSpec
 
 LAUNCH_FD: Final = 3
+# In a sealed process. No descriptor can get these numbers again: RLIMIT_NOFILE is 1000 there.
+SEALED_LAUNCH_FD: Final = 1000  # the one number on which the filter lets sendmsg through, besides
+GIFT_FD: Final = (
+    1001  # the socket by which descriptors are given away, closed before any code of the image runs
+)
+PAGEMAP_FD: Final = 1002
+_NOFILE: Final = 1024
+_ANY_FD: Final = 0x7FFF_FFFF
 EXIT_SETUP: Final = 70  # the process could not be made an enclave; the reason is on its stderr
+GIFT: Final = struct.Struct("<Q")  # goes with listener, memory, userfaultfd: the address of the first page
 MAX_TEXT: Final = 1 << 18  # characters of an error's message or traceback that are sent
 
 
@@ -54,7 +74,18 @@ class Descriptors:
     stderr: int
 
 
-def enclave_main(spec: EnclaveSpec, fds: Descriptors, base: BaseFinder, zygote: int) -> NoReturn:
+@dataclass(frozen=True)
+class Sealing:
+    """What a sealed process needs besides: the zygote's preparations, and where it gives things away."""
+
+    spec: SealSpec
+    base: Base
+    gift: socket.socket
+
+
+def enclave_main(
+    spec: EnclaveSpec, fds: Descriptors, base: BaseFinder, zygote: int, sealing: Sealing | None
+) -> NoReturn:
     """Become the enclave that ``spec`` describes; never returns into the zygote's code."""
     status = EXIT_SETUP
     try:
@@ -62,16 +93,69 @@ def enclave_main(spec: EnclaveSpec, fds: Descriptors, base: BaseFinder, zygote: 
         # Errors from here on are the enclave's output: held, and dropped if it is REJECTED.
         os.dup2(fds.stdout, 1)
         os.dup2(fds.stderr, 2)
-        gate = map_enclave(spec, fds.epc_rw, fds.epc_ro, fds.epcm_ro)
-        os.dup2(fds.launch, LAUNCH_FD, inheritable=False)
-        close_all_but(0, 1, 2, LAUNCH_FD)
-        _Enclave(gate, base, Stream(socket.socket(fileno=LAUNCH_FD))).serve()
+        mapped = map_enclave(spec, fds.epc_rw, fds.epc_ro, fds.epcm_ro, fixed=sealing is not None)
+        if sealing is None:
+            gate = Gate(spec, mapped.memory, mapped.entries, spec.first_linear)
+            os.dup2(fds.launch, LAUNCH_FD, inheritable=False)
+            close_all_but(0, 1, 2, LAUNCH_FD)
+            stream = Stream(socket.socket(fileno=LAUNCH_FD))
+        else:
+            gate, stream = _seal(spec, fds, mapped, sealing)
+        _Enclave(gate, base, stream).serve()
         status = 0
     except BaseException:  # noqa: BLE001  the boundary of the process: nothing may unwind into the zygote
         traceback.print_exc()
     finally:
         _flush()
         os._exit(status)
+
+
+def _seal(spec: EnclaveSpec, fds: Descriptors, mapped: Mapped, sealing: Sealing) -> tuple[KernelGate, Stream]:
+    """Gate the pages, shed every descriptor, seal the process, and give away what can undo any of that.
+
+    The order matters: userfaultfd and /proc/self/mem can be had only before the seal, the listener only by
+    it, and no code of the image has run before the last of them is gone from here.
+    """
+    seal = sealing.spec
+    uffd = _gate_pages(spec, seal, mapped.address) if seal.gated else None
+    memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_NOFILE, hard))
+    for fd, number in (
+        (fds.launch, SEALED_LAUNCH_FD),
+        (sealing.gift.detach(), GIFT_FD),
+        (pagemap, PAGEMAP_FD),
+    ):
+        os.dup2(fd, number, inheritable=False)
+    kept = {0, 1, 2, SEALED_LAUNCH_FD, GIFT_FD, PAGEMAP_FD, memory, *sealing.base.fds}
+    close_all_but(*kept, *(() if uffd is None else (uffd.fd,)))
+    # The low numbers are taken, so that nothing else gets one that others had (see `null` of the seal).
+    os.dup2(0, LAUNCH_FD, inheritable=False)
+    stream = Stream(socket.socket(fileno=SEALED_LAUNCH_FD))
+    gift = socket.socket(fileno=GIFT_FD)
+    listener = seal_process(
+        sealing.base, scratch=seal.scratch or None, read=seal.read, write=seal.write, null=(0, LAUNCH_FD)
+    )
+    given = [listener, memory, *(() if uffd is None else (uffd.fd,))]
+    socket.send_fds(gift, [GIFT.pack(mapped.address)], given)
+    gift.close()
+    for fd in given:
+        os.close(fd)
+    gate = KernelGate(
+        spec, mapped.memory, mapped.entries, spec.first_linear, user_mode_only=seal.user_mode_only
+    )
+    gate.keep_pagemap(PAGEMAP_FD)
+    return gate, stream
+
+
+def _gate_pages(spec: EnclaveSpec, seal: SealSpec, address: int) -> Userfaultfd:
+    uffd = Userfaultfd.create(seal.features, user_mode_only=seal.user_mode_only)
+    for run in spec.runs:
+        if run.gated:
+            start = address + (run.linear - spec.first_linear) * PAGE_SIZE
+            uffd.register(start, run.count * PAGE_SIZE, MODE_MISSING | MODE_WP | MODE_MINOR)
+    return uffd
 
 
 def _leave_zygote(zygote: int) -> None:
@@ -88,12 +172,12 @@ def _leave_zygote(zygote: int) -> None:
 
 def close_all_but(*kept: int) -> None:
     """Close every other descriptor of this process."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue  # the listing's own
+    after = 0
+    for fd in sorted(set(kept)):
+        if fd > after:  # of an empty range Python makes a loop over all numbers
+            os.closerange(after, fd)
+        after = fd + 1
+    os.closerange(after, _ANY_FD)
 
 
 class _Enclave:
@@ -122,7 +206,7 @@ class _Enclave:
             return
 
     def _answer(self, call: int, event: Any) -> None:
-        times = {"first": 0, "end": 0, "eaug": 0}
+        times = {"first": 0, "end": 0, "eaug": 0, "shadow": 0}
         try:
             reply = {"result": call, "value": self._run(event, times)}
         except BaseException as error:  # noqa: BLE001  the handler's boundary: every error becomes a reply
@@ -130,7 +214,7 @@ class _Enclave:
             reply = {"error": call, **_describe(error, "exit" if isinstance(error, SystemExit) else None)}
         if os.getpid() != self._pid:
             os._exit(0)  # a child that the handler forked and let return: it answers for nobody
-        times["eaug"] = self._gate.eaug
+        times["eaug"], times["shadow"] = self._gate.eaug, self._gate.shadow
         _flush()
         try:
             self._stream.send(reply | times)

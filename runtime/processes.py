@@ -22,11 +22,11 @@ from typing import Any, Final
 
 from ..shm.errors import EnturboError
 from ..workers.bootstrap import child_command
-from .gate import EnclaveSpec, Run
 from .mailbox import Mailbox
 from .messages import MessageError, Stream
+from .spec import EnclaveSpec, Run, SealSpec
 
-__all__ = ["EnclaveProcess", "EnclaveSpec", "Run", "Zygote", "ZygoteLost", "kill_strays"]
+__all__ = ["EnclaveProcess", "EnclaveSpec", "Run", "SealSpec", "Zygote", "ZygoteLost", "kill_strays"]
 
 TOKEN: Final = "ENTURBO_ZYGOTE"
 MARGIN: Final = 2.0  # seconds that a zygote may take to answer beyond what it was given
@@ -49,12 +49,24 @@ class EnclaveProcess:
     token: str
     number: int
     returncode: int | None = field(default=None)
+    # Of a sealed process; -1 of any other, and once somebody has taken them over.
+    listener: int = -1  # its held system calls
+    memory: int = -1  # its /proc/self/mem, to be read
+    uffd: int = -1  # the gate of its pages, where they are gated
+    address: int = 0  # and where it has its first one
+
+    def take(self, name: str) -> int:
+        """The descriptor ``listener``, ``memory`` or ``uffd``; it is the caller's from now on."""
+        fd: int = getattr(self, name)
+        setattr(self, name, -1)
+        return fd
 
     def close(self) -> None:
-        """Close the pidfd. May be called again."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        """Close the descriptors that are still its own. May be called again."""
+        for name in ("pidfd", "listener", "memory", "uffd"):
+            fd = self.take(name)
+            if fd >= 0:
+                os.close(fd)
 
 
 class _Incarnation:
@@ -91,12 +103,12 @@ class _Incarnation:
         self.pidfd = os.pidfd_open(self.process.pid)
         self.stream = Stream(ours, descriptors=True)
         self.mailbox = Mailbox(self.stream, self._sort)
-        self.unclaimed: dict[int, int] = {}  # pidfds that arrived, by the request they answer
+        self.unclaimed: dict[int, list[int]] = {}  # descriptors that arrived, by the request they answer
 
     def _sort(self, message: dict[str, Any]) -> int:
         number: int = message["id"]
         if "fds" in message:
-            (self.unclaimed[number],) = self.stream.take_fds(message["fds"])
+            self.unclaimed[number] = self.stream.take_fds(message["fds"])
         return number
 
     @property
@@ -121,7 +133,7 @@ class _Incarnation:
 
     def _close_all(self) -> None:
         self.stream.close()
-        for fd in (self.pidfd, *self.unclaimed.values()):
+        for fd in (self.pidfd, *(fd for fds in self.unclaimed.values() for fd in fds)):
             os.close(fd)
         self.pidfd = -1
         self.unclaimed.clear()
@@ -182,19 +194,32 @@ class Zygote:
         stdout_w: int,
         stderr_w: int,
         timeout: float,
+        seal: SealSpec | None = None,
     ) -> EnclaveProcess:
         """Fork an enclave process. The caller keeps, and closes, the descriptors that it passed.
 
-        Raises ZygoteLost, after which no process of this call is left; EnturboError if the fork failed.
+        ``seal``: how the process is sealed, and whether its pages are gated; None: neither. Raises
+        ZygoteLost, after which no process of this call is left; EnturboError if the fork failed, or if the
+        process could not be sealed.
         """
         launch = launch_sock if isinstance(launch_sock, int) else launch_sock.fileno()
         fds = (epc_rw_fd, epc_ro_fd, epcm_ro_fd, launch, stdout_w, stderr_w)
         current = self._incarnation()
-        reply = self._ask(current, {"do": "spawn", "spec": spec.to_message(), "fds": len(fds)}, timeout, fds)
+        request = {
+            "do": "spawn",
+            "spec": spec.to_message(),
+            "seal": None if seal is None else seal.to_message(),
+            "fds": len(fds),
+        }
+        reply = self._ask(current, request, timeout, fds)
         if "failed" in reply:
             raise EnturboError(f"no enclave process: {reply['failed']}")
         number = reply["id"]
-        process = EnclaveProcess(reply["pid"], current.unclaimed.pop(number), current.token, number)
+        pidfd, *more = current.unclaimed.pop(number)
+        process = EnclaveProcess(reply["pid"], pidfd, current.token, number)
+        if more:
+            process.listener, process.memory, *gate = more
+            process.uffd, process.address = (gate[0], reply["address"]) if gate else (-1, 0)
         with self._lock:
             self._processes.append(process)
         return process
@@ -214,9 +239,10 @@ class Zygote:
                 if reply["status"] is not None:
                     process.returncode = reply["status"]
                 return bool(reply["gone"])
-        # Its zygote is gone. The main process dies with it; its descendants are found by the token.
+        # Its zygote is gone. The main process dies with it; its descendants are found by the token, or where
+        # that cannot be read (sealed processes are not dumpable) by their session.
         main = process.pidfd < 0 or wait_pidfd(process.pidfd, max(0.0, until - time.monotonic()))
-        return kill_strays(process.token, max(0.0, until - time.monotonic())) and main
+        return kill_strays(process.token, max(0.0, until - time.monotonic()), process.pid) and main
 
     def modules(self, timeout: float) -> list[str]:
         """The names in the zygote's ``sys.modules``: what every enclave begins with."""
@@ -293,28 +319,33 @@ def wait_pidfd(pidfd: int, timeout: float) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
-def kill_strays(token: str, timeout: float = MARGIN) -> bool:
-    """Kill every process whose environment carries a zygote's token; False if some outlive ``timeout``."""
+def kill_strays(token: str, timeout: float = MARGIN, session: int = 0) -> bool:
+    """Kill every process whose environment carries a zygote's token; False if some outlive ``timeout``.
+
+    Also those of ``session``, the number of an enclave's main process: they cannot leave it, and while one of
+    them lives the kernel gives that number to nobody else.
+    """
     until = time.monotonic() + timeout
     needle = f"{TOKEN}={token}".encode()
     while True:
-        left = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _carries(pid, needle)]
+        numbers = map(int, filter(str.isdigit, os.listdir("/proc")))
+        left = [pid for pid in numbers if _is_stray(pid, needle, session)]
         if not left:
             return True
-        dead = [_kill_carrier(pid, needle, until) for pid in left]
+        dead = [_kill_stray(pid, needle, session, until) for pid in left]
         if not all(dead) or time.monotonic() > until:
             return False
 
 
-def _kill_carrier(pid: int, needle: bytes, until: float) -> bool:
-    """Kill one process if it still carries the token; False if it is not dead by ``until``."""
+def _kill_stray(pid: int, needle: bytes, session: int, until: float) -> bool:
+    """Kill one process if it still is a stray; False if it is not dead by ``until``."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
     try:
         # Looked at again: the number may have become another process's before the pidfd was opened.
-        if _carries(pid, needle):
+        if _is_stray(pid, needle, session):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             return wait_pidfd(pidfd, max(0.0, until - time.monotonic()))
     except (ProcessLookupError, PermissionError):
@@ -324,12 +355,23 @@ def _kill_carrier(pid: int, needle: bytes, until: float) -> bool:
     return True
 
 
-def _carries(pid: int, needle: bytes) -> bool:
+def _is_stray(pid: int, needle: bytes, session: int) -> bool:
     try:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-            return needle in file.readall().split(b"\0")
+            if needle in file.readall().split(b"\0"):
+                return True
+    except OSError:
+        pass
+    if not session:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            head, _, rest = file.readall().rpartition(b")")
     except OSError:
         return False
+    fields = rest.split()
+    # The name is the enclave's for good: sealed processes cannot change it.
+    return head.endswith(b"(enturbo-enclave") and fields[0] != b"Z" and int(fields[3]) == session
 
 
 def _is_open(fd: int) -> bool:

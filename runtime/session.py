@@ -286,10 +286,10 @@ class Session:
         number = message.get("result", message.get("error"))
         if call is None or number != call.number:
             raise MessageError(f"an answer to call {number!r}, which is not under way")
-        first, end, eaug = (message.get(name, 0) for name in ("first", "end", "eaug"))
-        if not all(isinstance(value, int) and 0 <= value < 1 << 63 for value in (first, end, eaug)):
+        numbers = [message.get(name, 0) for name in ("first", "end", "eaug", "shadow")]
+        if not all(isinstance(value, int) and 0 <= value < 1 << 63 for value in numbers):
             raise MessageError("times and counts of an answer are not 63-bit integers")
-        self._note_times(first, end, eaug)
+        self._note_times(*numbers)
         self._drain()
         self._check_output(call)
         self._current = None
@@ -300,9 +300,9 @@ class Session:
         else:
             call.future.set_exception(_handler_error(message))
 
-    def _note_times(self, first: int, end: int, eaug: int) -> None:
+    def _note_times(self, first: int, end: int, eaug: int, shadow: int) -> None:
         timeline = self._timeline
-        timeline.eaug_pages = eaug
+        timeline.eaug_pages, timeline.shadow_pages = eaug, shadow
         if not first:
             return
         if timeline.first_instruction is None:

@@ -22,9 +22,12 @@ import hmac
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
@@ -56,6 +59,7 @@ from ..workers.view import Outcome, filled_rows
 from .arena import Place
 from .measurement import Measurement
 from .region import Region
+from .touching import Toucher
 
 if TYPE_CHECKING:
     from .host import Runtime
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
 SERIAL_PIECE: Final = 1024  # pages copied before they are measured: 4 MiB stay in the cache in between,
 SERIAL_ROWS: Final = 8  # or so many blocks of every domain, so that each lane has a long stretch
 COPY_PIECE: Final = 256  # pages a copy step of `enturbo`: published together
+WANTED: Final = 256  # pages wanted between two of these; more are forgotten, and wanted again
 SGX_BLOCK: Final = 16  # pages released together when there is one chain; no part of the value
 ALONE_PAGES: Final = 64  # up to 256 KiB the host is done before a worker has woken up
 GROUP_PAGES: Final = 512  # 1 ms of a measurer
@@ -88,7 +93,8 @@ class Piece:
 
 
 class Start:
-    """One launch while it starts. Used by one thread, except for :meth:`cancel` and :attr:`changed`."""
+    """One launch while it starts. Used by one thread, except for :meth:`cancel`, :meth:`want`,
+    :meth:`toucher` and :attr:`changed`."""
 
     def __init__(
         self,
@@ -106,12 +112,17 @@ class Start:
         self._cancelled = threading.Event()
         self._deaths_before = host.pool_deaths
         self._claims = Claims(host.memory.control_segment.fd)
-        self._measurer = Measurer(host.memory, self._claims, host.hasher, on_span=self._on_span)
+        self._measurer = Measurer(
+            host.memory, self._claims, host.hasher, on_span=self._on_span, locks=host.locks
+        )
         self.page_count = image.page_count
         self.shared = False  # workers may have claimed something
         # Ours: launches name it to workers, and the image may be closed meanwhile.
         self._source_fd = -1 if image.backing is None else os.dup(image.backing.fd)
         self.on_copied: Callable[[], None] = lambda: None
+        self._wanted: deque[int] = deque(maxlen=WANTED)  # pages; any thread appends, who copies takes
+        self._front = 0  # all pages below are copied
+        self._ahead: dict[int, int] = {}  # pieces beyond it that are: first page -> end
 
     # ------------------------------------------------------------------------------------------- opening
 
@@ -223,16 +234,44 @@ class Start:
             memory.epc.fill(first, piece.count, region.fill)
         # A host that dies here leaves pages that are not VALID: nobody reads them.
         memory.epcm.set_valid(first, piece.count, place.generation)
-        memory.launches.copy_front[place.slot] = piece.index + piece.count
+        # All pages below the front are VALID: a piece that came early counts when those before it are there.
+        self._ahead[piece.index] = piece.index + piece.count
+        while self._front in self._ahead:
+            self._front = self._ahead.pop(self._front)
+        memory.launches.copy_front[place.slot] = self._front
 
     def copy_all(self) -> None:
-        """Copy the whole image in ascending order, ahead of all measuring (one span on the timeline)."""
+        """Copy the whole image ahead of all measuring (one span on the timeline): pieces that somebody wants
+        (:meth:`want`) next, the others in ascending order."""
         begin = time.monotonic_ns()
-        for piece in self.pieces(COPY_PIECE):
-            self.copy(piece)
+        pieces = list(self.pieces(COPY_PIECE))
+        starts = [piece.index for piece in pieces]
+        copied = bytearray(len(pieces))
+        for turn in range(len(pieces)):
+            for number in chain(self._take_wanted(starts), (turn,)):
+                if not copied[number]:
+                    copied[number] = 1
+                    self.copy(pieces[number])
         self.timeline.copied = time.monotonic_ns()
         self.timeline.add("copy", "host", begin, self.timeline.copied, self.page_count)
         self.on_copied()
+
+    def want(self, page: int) -> None:
+        """Any thread: somebody waits for the image's page ``page``. Where the host copies, the piece with it
+        comes next; to be told again until it is VALID. Elsewhere nobody looks: see :meth:`toucher`."""
+        self._wanted.append(page)
+
+    def toucher(self) -> Toucher:
+        """For the thread that learns which pages the enclave waits for, whoever copies; that closes it."""
+        host, place = self.host, self.place
+        return Toucher(host.memory, host.hasher, place.slot, place.generation, self.timeline, self.want)
+
+    def _take_wanted(self, starts: Sequence[int]) -> Iterator[int]:
+        """Numbers of the pieces, which begin at ``starts``, with the pages that were wanted so far."""
+        while self._wanted:
+            page = self._wanted.popleft()
+            if 0 <= page < self.page_count:
+                yield bisect_right(starts, page) - 1
 
     # ----------------------------------------------------------------------------------------- measuring
 

@@ -48,6 +48,9 @@ class Timeline:
         self.verified: int | None = None
         self.first_instruction: int | None = None
         self.result: int | None = None
+        self.gate_waits = 0  # accesses that slept in the kernel until their page was ready,
+        self.gate_seconds = 0.0  # and for how long, each thread by itself
+        self.shadow_pages = 0  # private copies that stores have made (wrlock="shadow")
         self.eaug_pages = 0  # heap pages that were touched, so EAUG'd, so far (SGX2 images)
 
     def add(self, name: str, track: str, start: int, end: int, pages: int = 0) -> None:
@@ -55,6 +58,13 @@ class Timeline:
         with self._lock:
             if len(self._spans) < MAX_SPANS:
                 self._spans.append(Span(name, track, start, end, pages))
+
+    def add_wait(self, start: int, end: int) -> None:
+        """An access of the enclave slept in the kernel, from when the pager learned of it."""
+        self.add("gate", "enclave waits", start, end)
+        with self._lock:
+            self.gate_waits += 1
+            self.gate_seconds += (end - start) / 1e9
 
     @property
     def spans(self) -> list[Span]:

@@ -18,6 +18,7 @@ import gc
 import importlib
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -26,14 +27,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..shm import libc
-from .gate import EnclaveSpec
 from .importer import BaseFinder, base_finder, install
-from .inside import Descriptors, close_all_but, enclave_main
+from .inside import GIFT, Descriptors, Sealing, close_all_but, enclave_main
 from .messages import MessageError, Stream
+from .sealing import Base, hide_arguments
+from .spec import EnclaveSpec, SealSpec
 
 SWEEP: Final = 0.05  # seconds between looks for orphans while enclaves live
 ENDING: Final = 0.002  # the same while one is being ended
 REPLY: Final = 5.0  # seconds that the host may take to accept a reply
+SEALED: Final = 5.0  # for a forked process to seal itself
 EXIT: Final = 5.0  # seconds to get rid of all enclaves when the host is gone
 
 # Imported one at a time while nobody asks for anything, so that the first launch waits for none of them.
@@ -65,6 +68,11 @@ class _Zygote:
         # number may be used again, a request's never.
         self._mains: dict[int, int] = {}
         self._endings: dict[int, _Ending] = {}
+        # The gates of living enclaves, by the same number. The host holds each too; as long as either does,
+        # nothing that sleeps on a page is let through (see enturbo.runtime.pager).
+        self._gates: dict[int, int] = {}
+        self._base_of_seals: Base | None = None
+        self._scratch: set[str] = set()  # folders whose contents end with the host
         self._woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # Any death wakes the poll: one that ends a wait is seen at once, not at the next sweep.
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -98,6 +106,8 @@ class _Zygote:
             for pid in children:
                 _kill_and_reap(pid)
             time.sleep(0.001)
+        for folder in self._scratch:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _patience(self) -> float | None:
         """Milliseconds to sleep at most."""
@@ -126,7 +136,13 @@ class _Zygote:
             case "spawn":
                 fds = Descriptors(*self._stream.take_fds(request["fds"]))
                 try:
-                    self._spawn(number, EnclaveSpec.from_message(request["spec"]), fds)
+                    seal = request["seal"]
+                    self._spawn(
+                        number,
+                        EnclaveSpec.from_message(request["spec"]),
+                        fds,
+                        None if seal is None else SealSpec.from_message(seal),
+                    )
                 finally:
                     for fd in vars(fds).values():
                         os.close(fd)
@@ -138,21 +154,62 @@ class _Zygote:
             case "modules":
                 self._reply({"id": number, "modules": sorted(sys.modules)})
 
-    def _spawn(self, number: int, spec: EnclaveSpec, fds: Descriptors) -> None:
+    def _spawn(self, number: int, spec: EnclaveSpec, fds: Descriptors, seal: SealSpec | None) -> None:
         zygote = os.getpid()
+        gift, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sealing = None
+        if seal is not None:
+            sealing = Sealing(seal, self._seal_base(), theirs)
+            if seal.scratch:
+                self._scratch.add(os.path.dirname(seal.scratch))
         try:
             pid = os.fork()
         except OSError as error:
+            gift.close()
+            theirs.close()
             self._reply({"id": number, "failed": f"fork: {error}"})
             return
         if pid == 0:
-            enclave_main(spec, fds, self._base, zygote)
+            enclave_main(spec, fds, self._base, zygote, sealing)
+        theirs.close()
+        if sealing is not None:
+            sealing.base.used()
         self._mains[number] = pid
-        pidfd = os.pidfd_open(pid)
+        address = 0
+        given: list[int] = []
+        if seal is not None:
+            address, given = self._accept(gift, pid)
+            if len(given) > 2:
+                self._gates[number] = os.dup(given[2])
+        gift.close()
+        given.insert(0, os.pidfd_open(pid))
         try:
-            self._reply({"id": number, "pid": pid, "fds": 1}, pidfd)
+            self._reply({"id": number, "pid": pid, "fds": len(given), "address": address}, *given)
         finally:
-            os.close(pidfd)
+            for fd in given:
+                os.close(fd)
+            if self._base_of_seals is not None:
+                self._base_of_seals.prepare()  # the next one's, while nobody waits
+
+    def _accept(self, gift: socket.socket, pid: int) -> tuple[int, list[int]]:
+        """What a sealed process gives away once. It runs nothing of the image before that, so it is trusted.
+
+        One that fails has said why on its stderr, which is its output: the host learns by its death. One that
+        does not answer is killed.
+        """
+        gift.settimeout(SEALED)
+        try:
+            message, given, _, _ = socket.recv_fds(gift, GIFT.size, 3)
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            return 0, []
+        return (GIFT.unpack(message)[0], given) if message else (0, given)
+
+    def _seal_base(self) -> Base:
+        if self._base_of_seals is None:
+            self._base_of_seals = Base()
+        self._base_of_seals.prepare()
+        return self._base_of_seals
 
     def _reply(self, message: dict[str, Any], *fds: int) -> None:
         self._stream.send(message, REPLY, fds)
@@ -184,6 +241,9 @@ class _Zygote:
         reaped, status = os.waitpid(self._mains[enclave], os.WNOHANG)
         if reaped:
             del self._mains[enclave]
+            # The process is gone, and with it its memory: there is nobody left to be let through.
+            if enclave in self._gates:
+                os.close(self._gates.pop(enclave))
             for ending in self._endings.values():
                 if ending.enclave == enclave:
                     ending.status = os.waitstatus_to_exitcode(status)
@@ -236,6 +296,7 @@ def main(control: str, host: str) -> None:
         signal.signal(number, signal.SIG_DFL)
     libc.set_name("enturbo-zygote")
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+    hide_arguments()  # of all forks: others can read where their arguments stand, and they can write there
     close_all_but(0, 1, 2, int(control), int(host))
     for fd in (int(control), int(host)):
         os.set_inheritable(fd, False)

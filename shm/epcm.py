@@ -24,6 +24,7 @@ from .dtypes import EPCM_DTYPE
 from .layout import EPCM_ENTRY, SOURCE_FILE, SOURCE_FILL
 
 U32Array = np.ndarray[Any, np.dtype[np.uint32]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Rows(NamedTuple):
@@ -140,6 +141,41 @@ class Epcm:
         """How many of ``count`` pages from ``first`` on are VALID before the first that is not."""
         missing = self._valid[first : first + count] != generation
         return int(missing.argmax()) if missing.any() else count
+
+    def valid_mask(self, first: int, count: int, generation: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of ``count`` pages from ``first`` on are VALID for this launch."""
+        mask: np.ndarray[Any, np.dtype[np.bool_]] = self._valid[first : first + count] == generation
+        mask &= self._generation[first : first + count] == generation
+        return mask
+
+    def released_mask(self, first: int, count: int, generation: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Of which of these the measurer is done."""
+        mask: np.ndarray[Any, np.dtype[np.bool_]] = self._released[first : first + count] == generation
+        return mask
+
+    def missing_rows(self, rows: Rows, start: int, end: int, generation: int) -> Mask:
+        """Which pages of the rows ``start`` .. ``end`` - 1 are not VALID, a row of the answer each.
+
+        What a short last row lacks is not missing. Only ``valid`` is compared: nobody stores a launch's
+        generation (which is never 0) in it but a copier of that launch, and that after the bytes.
+        """
+        whole = max(0, min(end, rows.whole) - start)
+        at = (rows.base + start * rows.stride + rows.column) * EPCM_ENTRY.size + EPCM_ENTRY.offset("valid")
+        strides = (rows.stride * EPCM_ENTRY.size, EPCM_ENTRY.size)
+        valid: U32Array = np.ndarray((whole, rows.width), "<u4", self.buffer, at if whole else 0, strides)
+        missing: Mask = valid != generation
+        if whole < end - start:  # the last row, which may be short
+            first = rows.base + (end - 1) * rows.stride + rows.column
+            last = self._valid[first : min(first + rows.width, rows.end)] != generation
+            missing = np.concatenate((missing, np.zeros((1, rows.width), np.bool_)))
+            missing[-1, : len(last)] = last
+        return missing
+
+    def count_valid_rows(self, rows: Rows, start: int, end: int, generation: int) -> int:
+        """How many of these rows are VALID before the first of which any page is not."""
+        missing = self.missing_rows(rows, start, end, generation)
+        # Of three ways to ask whether there is any this is the one that takes the least time.
+        return int(missing.any(axis=1).argmax()) if np.count_nonzero(missing) else end - start
 
     def is_released(self, page: int, generation: int) -> bool:
         """The measurer is done with the page."""

@@ -111,3 +111,14 @@ class EnclaveDestroyed(EnturboError):
 
 class GateTimeout(EnturboError):
     """A page did not become readable (VALID) or writable (released) within the deadline."""
+
+
+class EnforcementUnavailable(EnturboError):
+    """The kernel cannot enforce gates and hold here, and a runtime was asked for that requires it."""
+
+    def __init__(self, level: str, missing: tuple[str, ...]) -> None:
+        self.level = level
+        self.missing = missing
+        super().__init__(
+            f"enforcement by the kernel is required, this would be {level}: {'; '.join(missing)}"
+        )

@@ -75,6 +75,15 @@ def runtime(key: SigningKey) -> Iterator[Runtime]:
         yield runtime
 
 
+@pytest.fixture(scope="session")
+def cooperative(key: SigningKey) -> Iterator[Runtime]:
+    """The same without the kernel's enforcement: for handlers that do before the verdict, or at all, what a
+    sealed process may not, so that what stands behind the seal is tested by itself."""
+    with Runtime(epc="64MiB", workers=2, signers=[key.mrsigner], enforcement="cooperative") as runtime:
+        assert runtime.wait_workers()
+        yield runtime
+
+
 def patterned(pages: int, seed: int = 1) -> bytes:
     """Bytes that repeat every 251, another phase a page, so that swapped pages and blocks differ."""
     cycle = bytes(range(251)) * 18

@@ -9,6 +9,7 @@ import os
 import pty
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from enturbo import EnclaveImage, SigningKey, __version__
+from enturbo.runtime import enforcement, landlock
 from enturbo.runtime.cli import main
 from enturbo.runtime.commands import measuring
 from enturbo.runtime.commands.examine import OPEN_FILES
@@ -387,6 +389,50 @@ def test_run_writes_a_trace_of_a_refused_start_too(made: Files, tmp_path: Path, 
     assert not names & {"execute", "first_instruction"}  # nothing of what it did was released
 
 
+REACHING = """
+import socket
+def handler(event, context):
+    found = []
+    for path, port in event:
+        try:
+            if port:
+                with socket.create_connection(("127.0.0.1", port), 5) as peer:
+                    peer.sendall(b"hello")
+            else:
+                with open(path, "a") as file:
+                    file.write("hello")
+            found.append("done")
+        except OSError as error:
+            found.append(type(error).__name__)
+    return found
+"""
+
+
+def test_run_lets_a_handler_reach_what_it_is_told_and_no_more(tmp_path: Path, enturbo: Enturbo) -> None:
+    folder, image = tmp_path / "function", tmp_path / "reaching.enclave"
+    folder.mkdir()
+    (folder / "handler.py").write_text(REACHING)
+    (tmp_path / "out").mkdir()
+    assert enturbo("build", folder, "-o", image).code == 0
+    inside, beside = tmp_path / "out" / "file", tmp_path / "file"
+    with socket.create_server(("127.0.0.1", 0)) as allowed, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [each.getsockname()[1] for each in (allowed, other)]
+        event = json.dumps([[str(inside), 0], [str(beside), 0], ["", ports[0]], ["", ports[1]]])
+        arguments = ("run", image, "--allow-unsigned", "--require-enforcement", "--event", event)
+        assert enturbo(*arguments).json == ["PermissionError"] * 4
+        granted = ("--write", inside.parent, "--connect", f"127.0.0.1:{ports[0]}", "--wrlock", "shadow")
+        assert enturbo(*arguments, *granted).json == ["done", "PermissionError", "done", "PermissionError"]
+        with allowed.accept()[0] as peer:
+            assert peer.recv(10) == b"hello"
+    assert inside.read_text() == "hello"
+    assert not beside.exists()
+
+
+def test_run_with_a_policy_that_is_none(made: Files, enturbo: Enturbo) -> None:
+    enturbo("run", made.signed, "--any-signer", "--connect", "nowhere").complains(2, "policy: connect")
+    enturbo("run", made.signed, "--any-signer", "--write", "/no/such/folder").complains(2, "policy: write")
+
+
 def test_a_handler_that_raises(made: Files, enturbo: Enturbo) -> None:
     arguments = ("run", made.signed, "--any-signer", "--event", '{"fail": "no such luck"}')
     ran = enturbo(*arguments)
@@ -683,13 +729,23 @@ def test_doctor(enturbo: Enturbo) -> None:
     found = enturbo("doctor", "--json").json
     assert found["processors"]["usable"] == len(os.sched_getaffinity(0))
     assert found["hasher"]["chosen"] in found["hasher"]["available"]
-    assert found["gates"]["enforcement"] == "cooperative"
+    gates = found["gates"]
+    assert gates["enforcement"] == enforcement.probe().level
+    assert bool(gates["missing_for_more"]) == (gates["enforcement"] != "kernel")
     assert found["memory cost"]["smc_bytes_per_starting_enclave"] == 4096
     assert found["memory cost"]["epcm_bytes_per_page"] == 32
     assert found["shared memory"]["size_bytes"] > 0
     printed = enturbo("doctor")
     assert printed.code == 0
-    assert "cooperative" in printed.out
+    assert gates["which_means"][:30] in printed.out
+
+
+def test_doctor_where_nothing_can_be_enforced(enturbo: Enturbo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landlock, "abi", lambda: 0)
+    gates = enturbo("doctor", "--json").json["gates"]
+    assert gates["enforcement"] == "cooperative"
+    assert any("Landlock" in each for each in gates["missing_for_more"])
+    assert "cooperative here" in enturbo("doctor").out
 
 
 def test_doctor_with_a_hasher_that_is_none(enturbo: Enturbo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -436,7 +436,8 @@ HOST = """
 import os, subprocess, sys, threading, time
 from enturbo import EnclaveImage, Runtime
 
-runtime = Runtime(epc="8MiB", workers=2)
+# What it detaches may not leave its session otherwise.
+runtime = Runtime(epc="8MiB", workers=2, enforcement="cooperative")
 runtime.wait_workers(30)
 image = EnclaveImage.from_function(sys.argv[1], heap="64KiB")
 enclave = runtime.launch(image, expected=image.measure())

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enturbo.runtime.gate import EnclaveSpec, Gate, GateMode, Run
+from enturbo.runtime.gate import Gate
+from enturbo.runtime.spec import EnclaveSpec, GateMode, Run
 from enturbo.shm.errors import GateTimeout
 from enturbo.shm.layout import EPCM_ENTRY, PAGE_SIZE
 

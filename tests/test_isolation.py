@@ -219,7 +219,7 @@ def test_nothing_of_a_rejected_image_gets_out(
 
 
 def test_output_is_held_until_the_verdict_and_then_complete(
-    runtime: Runtime, function: Function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cooperative: Runtime, function: Function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler that writes more than a pipe takes waits there; nothing is read before VERIFIED."""
     image = function(
@@ -248,7 +248,7 @@ def handler(event, context):
         return merge(start)
 
     monkeypatch.setattr(Start, "merge", late)
-    with runtime.launch(image, expected=image.measure()) as enclave:
+    with cooperative.launch(image, expected=image.measure()) as enclave:
         future = enclave.submit([str(first), str(second)])
         made.append((enclave, future))
         assert future.result(WAIT) == "done"
@@ -257,7 +257,7 @@ def handler(event, context):
 
 
 def test_a_death_is_not_told_before_the_verdict(
-    runtime: Runtime, function: Function, monkeypatch: pytest.MonkeyPatch
+    cooperative: Runtime, function: Function, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exit status is output, too."""
     image = function("import os\ndef handler(event, context):\n    os._exit(7)\n")
@@ -279,7 +279,7 @@ def test_a_death_is_not_told_before_the_verdict(
         return merge(start)
 
     monkeypatch.setattr(Start, "merge", late)
-    with runtime.launch(image, expected=image.measure()) as enclave:
+    with cooperative.launch(image, expected=image.measure()) as enclave:
         future = enclave.submit(None)
         made.append((enclave, future))
         with pytest.raises(EnclaveDestroyed, match="status 7"):
@@ -394,11 +394,11 @@ def handler(event, context):
 
 
 def test_each_enclave_is_ended_with_all_it_has_started_and_nobody_else(
-    runtime: Runtime, function: Function
+    cooperative: Runtime, function: Function
 ) -> None:
     """Two enclaves double-fork and setsid; ending one leaves the other one alone."""
     image = function(DETACHING)
-    enclaves = [runtime.launch(image, expected=image.measure()) for _ in range(2)]
+    enclaves = [cooperative.launch(image, expected=image.measure()) for _ in range(2)]
     try:
         started = [processes_of(enclave, enclave.call("spread", timeout=WAIT)) for enclave in enclaves]
         for number, enclave in enumerate(enclaves):
@@ -427,7 +427,7 @@ def processes_of(enclave: Enclave, told: dict[str, int]) -> dict[str, psutil.Pro
 
 
 def test_a_rejected_enclave_is_ended_with_all_it_has_started(
-    runtime: Runtime, function: Function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cooperative: Runtime, function: Function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gone before the verdict is told: a descendant could still write into pages that another gets."""
     image = function(
@@ -453,7 +453,7 @@ def handler(event, context):
         return step(measurer, slot, generation)
 
     monkeypatch.setattr(Measurer, "step", late)
-    with runtime.launch(image, expected=flipped(image, 0, 4000).measure()) as enclave:
+    with cooperative.launch(image, expected=flipped(image, 0, 4000).measure()) as enclave:
         enclave.submit(str(mark))
         with pytest.raises(MeasurementMismatch):
             enclave.wait_verified(WAIT)
@@ -480,7 +480,10 @@ def handler(event, context):
     return [links, len(maps), len(writable), sorted(os.environ)]
 """
     )
-    with Runtime(epc="1MiB", workers=0) as fresh, fresh.launch(image, expected=image.measure()) as enclave:
+    with (
+        Runtime(epc="1MiB", workers=0, enforcement="cooperative") as fresh,
+        fresh.launch(image, expected=image.measure()) as enclave,
+    ):
         links, maps, writable, environment = enclave.call(None, timeout=WAIT)
     opened = {number: link for number, link in links.items() if not link.startswith("/proc")}
     assert set(opened) == {"0", "1", "2", "3"}
@@ -533,10 +536,10 @@ def handler(event, context):
 
 
 def test_stdout_of_the_host_stays_the_hosts(
-    runtime: Runtime, function: Function, capfd: pytest.CaptureFixture[str]
+    cooperative: Runtime, function: Function, capfd: pytest.CaptureFixture[str]
 ) -> None:
     image = function("import os\ndef handler(event, context):\n    os.system('echo from a child')\n")
-    with runtime.launch(image, expected=image.measure()) as enclave:
+    with cooperative.launch(image, expected=image.measure()) as enclave:
         enclave.call(None, timeout=WAIT)
         until(lambda: b"from a child" in enclave.stdout)
     os.write(1, b"")

@@ -71,7 +71,7 @@ def test_execution_and_measuring_overlap_and_a_serial_start_does_not_pass_for_it
     """
     image = function("def handler(event, context):\n    return event\n", data=96 << 20)
     expected = image.measure()
-    with Runtime(epc="100MiB", workers=2) as runtime:
+    with Runtime(epc="100MiB", workers=2, enforcement="cooperative") as runtime:
         assert runtime.wait_workers(WAIT)
         found = {}
         for startup in ("enturbo", "serial"):
@@ -126,6 +126,13 @@ def spots(chance: random.Random, size: int) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.fixture
+def runtime(cooperative: Runtime) -> Runtime:
+    """The order that the cooperative gate keeps; handlers here tell by files how far they are, before the
+    verdict. That of the kernel's gates is tested in tests/gates."""
+    return cooperative
+
+
 @pytest.fixture(params=["host", "start", "verified"])
 def slow_copier(
     request: pytest.FixtureRequest, host_copies: Rework, monkeypatch: pytest.MonkeyPatch
@@ -155,7 +162,7 @@ def slow_copier(
         monkeypatch.setattr(filling, "copy_into", halves)
         monkeypatch.setattr(filling, "copy_rows", rows)
 
-    with Runtime(epc="24MiB", workers=2 if alone else 0) as runtime:
+    with Runtime(epc="24MiB", workers=2 if alone else 0, enforcement="cooperative") as runtime:
         prefer = "start" if alone else request.param
         yield runtime, host_copies if alone else lambda image: image, prefer, slow
 
@@ -186,7 +193,7 @@ def test_early_reads_see_what_workers_copied(
     """The same with two workers that copy, and rest before each stretch of bytes."""
     monkeypatch.setenv("ENTURBO_FAULT", "filling=nap:0.001")
     chance = random.Random(9)
-    with Runtime(epc="24MiB", workers=2) as runtime:
+    with Runtime(epc="24MiB", workers=2, enforcement="cooperative") as runtime:
         assert runtime.wait_workers(WAIT)
         for number in range(8):
             content = noise(chance.choice((300, 900, 1500)), number)
@@ -294,7 +301,7 @@ def test_rows_become_valid_after_their_bytes_and_are_copied_once(
 
     monkeypatch.setattr(Epcm, "set_valid_rows", looking)
     note_places(monkeypatch, places)
-    with Runtime(epc="4MiB", workers=0) as epcm_runtime:
+    with Runtime(epc="4MiB", workers=0, enforcement="cooperative") as epcm_runtime:
         expected = image.measure(domains=4, block=4)
         with epcm_runtime.launch(image, expected=expected, prefer=prefer) as enclave:
             assert enclave.wait_verified(WAIT) == expected.digest
@@ -356,7 +363,7 @@ def test_early_writes_never_change_the_value(
     """
     chance = random.Random(11)
     images = [function(WRITER, data=noise(pages, pages)) for pages in (2, 17, 100, 400, 1500)]
-    with Runtime(epc="24MiB", workers=2, gate=gate) as runtime:
+    with Runtime(epc="24MiB", workers=2, gate=gate, enforcement="cooperative") as runtime:
         assert runtime.wait_workers(WAIT)
         slow = SlowCopy(runtime.copy_bytes, chance)
         monkeypatch.setattr(runtime, "copy_bytes", slow)
@@ -490,7 +497,7 @@ def test_unmeasured_pages_can_be_written_at_once(
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Runtime]:
     """A runtime in which a page is neither run nor read before it is measured."""
-    with Runtime(epc="16MiB", workers=2, gate="execute") as runtime:
+    with Runtime(epc="16MiB", workers=2, gate="execute", enforcement="cooperative") as runtime:
         assert runtime.wait_workers(WAIT)
         yield runtime
 

@@ -679,7 +679,7 @@ def test_nobody_waits_for_a_page_longer_than_the_gate_timeout(
         data=64 * PAGE_SIZE,
     )
     image, go = host_copies(image), threading.Event()
-    with Runtime(epc="4MiB", workers=0, gate_timeout=0.1) as runtime:
+    with Runtime(epc="4MiB", workers=0, gate_timeout=0.1, enforcement="cooperative") as runtime:
         set_valid = runtime.memory.epcm.set_valid
 
         def held(first: int, count: int, generation: int) -> None:
@@ -701,7 +701,11 @@ def test_nobody_waits_for_a_page_longer_than_the_gate_timeout(
 
 @pytest.mark.parametrize("startup", STARTUPS)
 def test_timeline_as_chrome_trace(
-    runtime: Runtime, function: Function, tmp_path: Path, startup: Startup, monkeypatch: pytest.MonkeyPatch
+    cooperative: Runtime,
+    function: Function,
+    tmp_path: Path,
+    startup: Startup,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Spans of everything a start consists of, in an order that can be, in a file that viewers open."""
     image = function(
@@ -716,7 +720,7 @@ def test_timeline_as_chrome_trace(
         return merge(start)
 
     monkeypatch.setattr(Start, "merge", late)
-    with runtime.launch(image, expected=image.measure(), startup=startup) as enclave:
+    with cooperative.launch(image, expected=image.measure(), startup=startup) as enclave:
         enclave.call(str(done), timeout=WAIT)
         timeline: Timeline = enclave.timeline
         # Workers tell what they did afterwards, so the last spans may come after the verdict.

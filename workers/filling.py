@@ -15,13 +15,24 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
 
+from ..shm.epcm import Mask
 from ..shm.errors import EnturboError
 from ..shm.launches import Claims, Launch
-from ..shm.layout import FAULT_SOURCE, NO_SOURCE, PAGE_SIZE, SCRUB, SOURCE_FILE, SOURCE_FILL
+from ..shm.layout import (
+    COPY_FIRST,
+    COPY_FUSED,
+    FAULT_SOURCE,
+    NO_SOURCE,
+    PAGE_SIZE,
+    SCRUB,
+    SOURCE_FILE,
+    SOURCE_FILL,
+)
 from ..shm.mapping import map_shared
 from ..shm.memory import Memory
 from .copying import copy_into, copy_rows, zero
@@ -141,10 +152,14 @@ class Sources:
 class Filler:
     """Copies, or scrubs, for one measurer: under the same claims as it measures under.
 
-    Per pair, rows become VALID in ascending order, so the pages of a pair that are VALID are a prefix of it.
-    What a launch publishes beside the EPCM (rows copied) is a hint: who dies after VALID and before the hint
-    leaves rows that the next holder finds VALID and passes over. It never copies a VALID page: an enclave may
-    have written to it, or a measurer hashed it.
+    Rows of a pair become VALID in ascending order, except for those that somebody waits for
+    (:meth:`fill_touched`): VALID of one page says nothing of another. Whoever fills a pair looks at VALID of
+    each page that it is about to fill, and never copies a VALID one: an enclave may have written to it, or a
+    measurer hashed it. All of that is under the pair's claim, so no page has two copiers.
+
+    What a launch publishes beside the EPCM (of each pair, how many rows from the first on are copied) is a
+    hint: who dies after VALID and before the hint leaves rows that the next holder finds VALID and passes
+    over.
     """
 
     def __init__(
@@ -187,22 +202,57 @@ class Filler:
         WORKED, FAULT (the file is too short) or WAITING (it is out of reach).
         """
         until = min(until, view.pair_rows[pair])
+        start = int(view.copied[pair])
+        if start >= until:
+            return Outcome.WORKED
         if view.launch.copy_mode == SCRUB:
-            return self._scrub(view, pair, until)
-        begin = time.monotonic_ns()
-        start, pages = int(view.copied[pair]), 0
+            # Doing it twice is harmless until the range is taken, and then nobody does it.
+            self._point("filling")
+            zero_rows(self.memory, view, pair, start, until)
+            self._point("filled")
+            view.copied[pair] = until
+            return Outcome.WORKED
+        outcome = self._copy(view, pair, start, until)
+        if outcome is Outcome.WORKED:
+            view.copied[pair] = until
+        return outcome
+
+    def fill_touched(self, view: View, page: int) -> Outcome:
+        """Copy the row with the image's page ``page`` now, ahead of its turn: somebody waits for that page.
+
+        WORKED: the page is VALID. BUSY: another holds its claim, and may be copying it; try again. WAITING:
+        it is not to be copied here: the host copies, or the file is out of reach. GONE, FAULT: the launch
+        will not have it. Pages behind the image (EAUG) are VALID from the beginning. Raises ValueError below
+        page 0.
+
+        Who dies in it leaves pages that are not VALID, or VALID and complete, as in any row. Nothing but
+        VALID tells of them, so whoever comes to that row looks.
+        """
+        launch, epcm, fault = view.launch, self.memory.epcm, self.memory.launches.fault
+        if page < 0:
+            raise ValueError(f"page {page}: expected 0 or more")
+        if int(fault[view.slot]) == view.generation:
+            return Outcome.FAULT
+        if page >= launch.page_count or epcm.is_valid(launch.first_page + page, view.generation):
+            return Outcome.WORKED
+        if launch.copy_mode not in (COPY_FIRST, COPY_FUSED) or not view.can_fill:
+            return Outcome.WAITING
+        pair, row = view.row_with(page)
+        if not self.claims.claim(view.slot, pair, launch.group):
+            return Outcome.BUSY
         try:
-            start, pages = self._pass_valid(view, pair, start, until)
-            if start < until:
-                self._point("filling")
-                fill_rows(self.memory, view, pair, start, until, self._source(view))
-                # A copier that dies here leaves rows that are not VALID: nobody has looked at their bytes.
-                self._point("filled")
-                rows = view.rows(pair * view.width, view.width)
-                self.memory.epcm.set_valid_rows(rows, start, until, view.generation)
-                self._point("valid")
-                _, count = view.row_of(pair, until - 1)
-                pages += (until - start - 1) * rows.width + count
+            # Closing takes the range, so what is open after the claim stays open until it is given back.
+            if not is_open(self.memory, view):
+                return Outcome.GONE
+            return self._copy(view, pair, row, row + 1)
+        finally:
+            self.claims.give_back(view.slot, pair, launch.group)
+
+    def _copy(self, view: View, pair: int, start: int, end: int) -> Outcome:
+        """Copy what is not VALID of the rows ``start`` .. ``end`` - 1, and make it VALID."""
+        begin = time.monotonic_ns()
+        try:
+            pages = self._copy_missing(view, pair, start, end)
         except SourceError as error:
             log.warning("launch %d: %s", view.generation, error)
             self.memory.launches.report_fault(view.slot, view.generation, FAULT_SOURCE)
@@ -214,42 +264,52 @@ class Filler:
             if self._on_span is not None:
                 self._on_span(BLIND, view.slot, view.generation, 0, begin, begin, False)
             return Outcome.WAITING
-        if until > int(view.copied[pair]):
-            view.copied[pair] = until
         if pages and self._on_span is not None:
             self._on_span(COPIED, view.slot, view.generation, pages, begin, time.monotonic_ns(), False)
         return Outcome.WORKED
 
-    def _pass_valid(self, view: View, pair: int, start: int, until: int) -> tuple[int, int]:
-        """The first row that is not VALID, and pages copied: the rest of a row whose copier died in it."""
-        epcm, pages = self.memory.epcm, 0
-        while start < until:
-            first, count = view.row_of(pair, start)
-            first += view.launch.first_page
-            done = epcm.first_not_valid(first, count, view.generation)
-            if done == 0:
-                break
-            if done < count:
-                fill_pages(self.memory, first + done, count - done, self._source(view))
-                epcm.set_valid(first + done, count - done, view.generation)
-                pages += count - done
-            start += 1
-        return start, pages
+    def _copy_missing(self, view: View, pair: int, start: int, end: int) -> int:
+        """How many pages were copied. Ascending; rows of which no page is VALID together."""
+        rows = view.rows(pair * view.width, view.width)
+        missing = self.memory.epcm.missing_rows(rows, start, end, view.generation)
+        if missing.all():
+            self._copy_rows(view, pair, start, end)
+            return missing.size
+        counts = missing.sum(axis=1).tolist()
+        untouched = [count == view.row_of(pair, row)[1] for row, count in enumerate(counts, start)]
+        for together, group in groupby(range(start, end), lambda row: untouched[row - start]):
+            same = list(group)
+            if together:
+                self._copy_rows(view, pair, same[0], same[-1] + 1)
+                continue
+            for row in same:
+                if counts[row - start]:  # the one who copied it died while it made it VALID
+                    self._copy_part(view, pair, row, missing[row - start])
+        return sum(counts)
+
+    def _copy_rows(self, view: View, pair: int, start: int, end: int) -> None:
+        self._point("filling")
+        fill_rows(self.memory, view, pair, start, end, self._source(view))
+        # A copier that dies here leaves rows that are not VALID: nobody has looked at their bytes.
+        self._point("filled")
+        rows = view.rows(pair * view.width, view.width)
+        self.memory.epcm.set_valid_rows(rows, start, end, view.generation)
+        self._point("valid")
+
+    def _copy_part(self, view: View, pair: int, row: int, missing: Mask) -> None:
+        base = view.launch.first_page + view.row_of(pair, row)[0]
+        edges = np.flatnonzero(np.diff(missing, prepend=False, append=False)).tolist()
+        for begin, end in zip(edges[::2], edges[1::2], strict=True):
+            self._point("filling")
+            fill_pages(self.memory, base + begin, end - begin, self._source(view))
+            self._point("filled")
+            self.memory.epcm.set_valid(base + begin, end - begin, view.generation)
+            self._point("valid")
 
     def _source(self, view: View) -> Source | None:
         if view.source is None:
             view.source = self.sources.get(view.launch)
         return view.source
-
-    def _scrub(self, view: View, pair: int, until: int) -> Outcome:
-        """Zero rows. Doing it twice is harmless until the range is taken, and then nobody does it."""
-        start = int(view.copied[pair])
-        if start < until:
-            self._point("filling")
-            zero_rows(self.memory, view, pair, start, until)
-            self._point("filled")
-            view.copied[pair] = until
-        return Outcome.WORKED
 
 
 def is_open(memory: Memory, view: View) -> bool:

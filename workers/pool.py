@@ -11,11 +11,13 @@ Starting is its business alone, so nobody ever waits for a worker: the host meas
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -26,6 +28,7 @@ from ..shm.launches import holds_claim
 from ..shm.memory import Memory
 from .bootstrap import child_command
 from .protocol import NEWS_SIZE, READY, WARM, News, decode
+from .wrlock import WriteLocks, dropping
 
 log = logging.getLogger("enturbo.pool")
 
@@ -72,6 +75,7 @@ class Pool:
         self._on_news, self._on_change = on_news, on_change
         self._lock = threading.Lock()
         self._workers: dict[int, _Worker] = {}
+        self.locks: dict[int, WriteLocks] = {}  # of gated launches that are being measured, by generation
         self._incarnations = 0
         self._boot_failures = 0
         self.deaths = 0
@@ -88,10 +92,27 @@ class Pool:
         """Wake every worker. Never blocks: a full socket means that it has not looked yet, and will."""
         with self._lock:
             for worker in self._workers.values():
-                try:
-                    worker.bell.send(b"\0", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                except OSError:
-                    continue
+                _tell(worker, b"\0")
+
+    def share(self, locks: WriteLocks) -> None:
+        """Hand the write locks of a launch to every worker, also to those that start later. Takes them.
+
+        Nobody waits for an answer: stores that a worker does not let through are the pager's business.
+        """
+        with self._lock:
+            self.locks[locks.generation] = locks
+            for worker in self._workers.values():
+                _hand(worker, locks)
+
+    def unshare(self, generation: int) -> None:
+        """The launch has been measured, or is over: let go of its write locks."""
+        with self._lock:
+            locks = self.locks.pop(generation, None)
+            if locks is None:
+                return
+            locks.close()
+            for worker in self._workers.values():
+                _tell(worker, dropping(generation))
 
     def pids(self) -> dict[int, int]:
         """Worker slot -> process id of the workers that run now."""
@@ -249,6 +270,8 @@ class Pool:
             theirs.close()
         with self._lock:
             self._workers[index] = worker
+            for locks in self.locks.values():
+                _hand(worker, locks)
         # Rung now, so that a worker that starts during a launch looks at the table by itself.
 
     # ------------------------------------------------------------------------------------------ the end
@@ -272,6 +295,12 @@ class Pool:
                 worker.process.wait()
             worker.close()
         self._workers.clear()
+        self._close_own()
+
+    def _close_own(self) -> None:
+        for locks in self.locks.values():
+            locks.close()
+        self.locks.clear()
         for fd in (self._wake_r, self._wake_w, self._host_pidfd):
             os.close(fd)
 
@@ -282,8 +311,19 @@ class Pool:
             worker.process.returncode = 0  # it is the parent's to wait for
             worker.close()
         self._workers.clear()
-        for fd in (self._wake_r, self._wake_w, self._host_pidfd):
-            os.close(fd)
+        self._close_own()
+
+
+def _hand(worker: _Worker, locks: WriteLocks) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", locks.fd))]
+    with contextlib.suppress(OSError):
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        worker.bell.sendmsg([locks.encode()], rights, flags)
+
+
+def _tell(worker: _Worker, message: bytes) -> None:
+    with contextlib.suppress(OSError):
+        worker.bell.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def describe_status(status: int) -> str:

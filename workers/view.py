@@ -130,6 +130,11 @@ class View:
         first = self.block_start(pair * self.width, row)
         return first, min(self.launch.block * self.width, self.launch.page_count - first)
 
+    def row_with(self, page: int) -> tuple[int, int]:
+        """The pair, and which of its rows, that the image's page ``page`` belongs to."""
+        domain = page // self.launch.block % self.launch.domains
+        return domain // self.width, page // self.stride
+
     def rows(self, first_domain: int, domains: int) -> Rows:
         """The blocks of ``domains`` neighbouring domains, as EPC pages."""
         key = first_domain, domains

@@ -3,7 +3,8 @@
 A worker is persistent and serves all launches of a runtime, oldest first. What it does when none has work for
 it, in this order: scrub pages of launches that have ended, map the rest of the EPC, sleep. It ends when its
 socket closes (the pool's end is its lifeline) or when the host's pidfd becomes readable: a forked child of
-the host may keep the socket open, but not the host alive.
+the host may keep the socket open, but not the host alive. The kernel kills it with the host besides, for the
+case that it cannot look.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import time
 from typing import Final
 
+from ..shm import libc
 from ..shm.launches import Claims
 from ..shm.layout import SCRUB
 from ..shm.memory import Memory, MemoryFds
@@ -24,6 +26,7 @@ from .measure import Measurer, Partners
 from .protocol import COPIED, DONE, READY, SCRUBBED, WARM, News
 from .sha256 import get_hasher
 from .view import Outcome
+from .wrlock import MAX_MESSAGE, WriteLocks, take
 
 SPIN_NS: Final = 60_000  # look again at once for this long before sleeping
 NAP_MS: Final = 1  # while the copy is under way
@@ -53,6 +56,7 @@ class Worker:
         self._poll.register(bell, select.POLLIN)
         self._poll.register(host_pidfd, select.POLLIN)
         self._pidfd = host_pidfd
+        self._locks: dict[int, WriteLocks] = {}
         self.measurer = Measurer(
             memory,
             Claims(memory.control_segment.fd),
@@ -62,6 +66,7 @@ class Worker:
             host=host,
             on_span=self._report,
             fault=faults.from_environment(),
+            locks=self._locks,
         )
         self._spans: dict[tuple[int, int], News] = {}  # not sent yet, by kind and generation
         self._told = 0  # the launch that was last told to be finished
@@ -115,7 +120,8 @@ class Worker:
             partners = self._partners(launches, position)
             for _ in range(CHECK_EVERY):
                 outcome = self.measurer.step(slot, generation, partners)
-                if outcome is not Outcome.WORKED:
+                # 2 µs a stripe, so that write locks that come during a launch are of use to it.
+                if outcome is not Outcome.WORKED or self._poll.poll(0):
                     break
             if outcome is Outcome.WORKED:
                 return outcome
@@ -158,14 +164,20 @@ class Worker:
         for fd, _ in ready:
             if fd == self._pidfd:
                 return False
-            try:
-                if not self.bell.recv(4096):
-                    return False
-            except BlockingIOError:
-                pass
-            except ConnectionError:
+            if not self._listen():
                 return False
         return True
+
+    def _listen(self) -> bool:
+        """Take one message; False when the host is gone."""
+        try:
+            message, fds, _, _ = socket.recv_fds(self.bell, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        take(self._locks, message, fds)
+        return bool(message)
 
     def _report(
         self, kind: int, slot: int, generation: int, pages: int, start: int, end: int, finished: bool
@@ -202,6 +214,11 @@ def main(*arguments: str) -> None:
     """Entry point of the process: numbers as decimal arguments, then the hasher's name."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the host's to handle
     bell_fd, host, pidfd, index, incarnation, *fds = (int(text) for text in arguments[:-1])
+    # Even one that somebody has stopped ends with its host. The signal comes when the *thread* ends that
+    # started us, which is the pool's: at close, when nothing is left to do, or with the host.
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != host:
+        os._exit(0)
     for fd in (bell_fd, pidfd, *fds[::2]):
         os.set_inheritable(fd, False)
     memory = Memory.attach(MemoryFds(*fds))

@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 # Exhaustive: all properties on, no assertion violated, no invalid end state, search complete.
 QUICK: Final = (
     Row("holds", "host copies, 1 x 2 domains, 1 block", "-DSTOPS=1 -DABORTS=1", "nothing"),
-    Row("holds", "... 2 blocks", "-DBLOCKS=2", "nothing"),
+    Row("holds", "... 2 blocks, one touched", "-DBLOCKS=2 -DTOUCHES=1", "nothing"),
     Row("holds", "... 2 blocks, tampered first", "-DBLOCKS=2 -DTAMPERED=1", "nothing"),
     Row("holds", "1 x 1 domains, 2 blocks, two crashes", "-DPER_PAIR=1 -DBLOCKS=2 -DCRASHES=2", "nothing"),
     Row("holds", "... 3 blocks", "-DPER_PAIR=1 -DBLOCKS=3", "nothing"),
@@ -74,13 +74,13 @@ QUICK: Final = (
     ),
     Row("holds", "2 x 2 domains, 1 block, one launch", "-DPAIRS=2 -DTAMPERED=0 -DLAUNCHES=1", "nothing"),
     Row("holds", "workers copy, 1 x 2 domains, 1 block", "-DWORKER_COPY=1 -DABORTS=1", "nothing"),
-    Row("holds", "... 2 blocks", "-DWORKER_COPY=1 -DBLOCKS=2", "nothing"),
+    Row("holds", "... 2 blocks, one touched", "-DWORKER_COPY=1 -DBLOCKS=2 -DTOUCHES=1", "nothing"),
     Row("holds", "... 2 x 1 domains", "-DWORKER_COPY=1 -DPAIRS=2 -DPER_PAIR=1 -DSTOPS=1", "nothing"),
     Row("holds", "workers copy first, 1 x 2 domains", "-DWORKER_COPY=2 -DSTOPS=1", "nothing"),
     Row(
         "holds",
-        "... 1 x 1 domains, 2 blocks",
-        "-DWORKER_COPY=2 -DPER_PAIR=1 -DBLOCKS=2 -DABORTS=1",
+        "... 1 x 1 domains, 2 blocks, one touched",
+        "-DWORKER_COPY=2 -DPER_PAIR=1 -DBLOCKS=2 -DTOUCHES=1 -DABORTS=1",
         "nothing",
     ),
     Row(
@@ -105,6 +105,9 @@ LARGE: Final = (
     Row("holds", "... 2 x 1 domains", "-DWORKER_COPY=1 -DPAIRS=2 -DPER_PAIR=1 -DBLOCKS=2", "nothing"),
     Row("holds", "workers copy first, 2 blocks", "-DWORKER_COPY=2 -DBLOCKS=2 -DABORTS=1", "nothing"),
     Row("holds", "... 2 x 1 domains", "-DWORKER_COPY=2 -DPAIRS=2 -DPER_PAIR=1", "nothing"),
+    Row("holds", "two touched, host copies, 2 blocks", "-DTOUCHES=2 -DBLOCKS=2 -DSTOPS=1", "nothing"),
+    Row("holds", "... workers copy", "-DTOUCHES=2 -DWORKER_COPY=1 -DBLOCKS=2 -DSTOPS=1", "nothing"),
+    Row("holds", "... workers copy first", "-DTOUCHES=2 -DWORKER_COPY=2 -DBLOCKS=2 -DSTOPS=1", "nothing"),
     Row("holds", "workers scrub, 1 x 2 domains", "-DWORKER_SCRUB=1 -DABORTS=1", "nothing"),
     Row("ends", "no run is endless", "-DPER_PAIR=1 -DBLOCKS=2 -DSTOPS=1 -DABORTS=1", "no cycle"),
     Row(
@@ -133,6 +136,8 @@ REACHED: Final = tuple(
         ("a tampered enclave heals a released page", "", "NO_HEAL"),
         ("a page is copied again", "-DWORKER_COPY=1", "NO_RECOPY"),
         ("... by who copies first", "-DWORKER_COPY=2", "NO_RECOPY"),
+        ("a page is VALID before its turn", "-DTOUCHES=1 -DBLOCKS=2", "NO_AHEAD"),
+        ("... where workers copy", "-DWORKER_COPY=1 -DTOUCHES=1 -DBLOCKS=2", "NO_AHEAD"),
     )
 )
 

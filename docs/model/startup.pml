@@ -37,6 +37,9 @@
 #define WORKER_COPY 0           /* copy mode: 0 the host copies; the holder of the claim 1 each page before it
                                    is hashed, 2 all pages of the pair before any is */
 #endif
+#ifndef TOUCHES
+#define TOUCHES 0               /* pages copied ahead of their turn, because the enclave waits for them */
+#endif
 #ifndef WORKER_SCRUB
 #define WORKER_SCRUB 0          /* pages are scrubbed: 0 by the host under the range, 1 by holders of claims */
 #endif
@@ -77,6 +80,7 @@
 #define NO_CAUGHT     524288    /* closing finds a worker with a claim */
 #define NO_HEAL       1048576   /* a tampered enclave puts the genuine bytes back after the release */
 #define NO_RECOPY     2097152   /* worker copy mode: a page is copied again after its copier died */
+#define NO_AHEAD      8388608   /* a page becomes VALID before one of its domain that comes first */
 #ifndef PROPS
 #define PROPS ALL_PROPS
 #endif
@@ -150,6 +154,9 @@ byte holder;                    /* the launch that slot and pages belong to; 0 f
 byte crashes = CRASHES;
 byte stops = STOPS;
 byte aborts = ABORTS;
+#if TOUCHES
+byte touches = TOUCHES;
+#endif
 bool verified;
 byte out;                       /* what stands in the output buffer: bit l - 1, from launch l */
 hidden byte k_;
@@ -259,6 +266,8 @@ end:
 #define F_MARK   20
 #define S_ZERO   21     /* scrub: zeros, count */
 #define S_MARK   22
+#define U_COPY   23     /* a page that the enclave waits for: bytes, VALID */
+#define U_VALID  24
 
 byte pc[2];
 byte gen[2];            /* the generation that it works for */
@@ -266,7 +275,8 @@ byte pair[2];
 byte i[2];              /* which domain of the pair */
 byte n[2 * PER_PAIR];   /* its midstate per domain: blocks included, */
 byte mid[2 * PER_PAIR]; /*   and the state */
-#if WORKER_COPY == 2
+#if WORKER_COPY == 2 || (WORKER_COPY && TOUCHES)
+#define FILLS
 byte at[2];             /* which page of the pair it fills */
 #endif
 byte moved[2];          /* bit i: domain i got a block that is not released yet; DONE_ONE: none, and one block is done */
@@ -311,7 +321,7 @@ byte moved[2];          /* bit i: domain i got a block that is not released yet;
 
 inline clear_midstates(w)
 {
-#if WORKER_COPY == 2
+#ifdef FILLS
     at[w] = 0;
 #endif
     i[w] = 0;
@@ -454,6 +464,15 @@ inline stored(w, this, then)
 #define CLEANING(p)
 #endif
 
+#define early(pg, gg) (block(pg) > 0 && valid[page(domain(pg), block(pg) - 1)] != (gg))
+
+/* The k-th page of the pair is waited for, and this one has the pair's claim and the launch's generation. Looking at
+ * VALID of a page is one step with what follows, because only who has the claim stores it. */
+#define TOUCH(k) \
+    :: d_step { pc[w] == CHECKING && touches > 0 && slot == gen[w] && gen[w] != SCRUB_GEN && \
+                valid[of_pair(pair[w], k)] != gen[w] ->                                                          \
+        touches--; at[w] = k; pc[w] = U_COPY }
+
 proctype Worker(byte w)
 {
 end:
@@ -523,6 +542,29 @@ end:
         clear_midstates(w);
         pc[w] = GIVING }
 #endif
+#if WORKER_COPY && TOUCHES
+    TOUCH(0)                                                            // workers.filling.Filler.fill_touched
+#if PER_PAIR * BLOCKS > 1
+    TOUCH(1)                                                            // workers.filling.Filler.fill_touched
+#endif
+#if PER_PAIR * BLOCKS > 2
+    TOUCH(2)                                                            // workers.filling.Filler.fill_touched
+#endif
+#if PER_PAIR * BLOCKS > 3
+    TOUCH(3)                                                            // workers.filling.Filler.fill_touched
+#endif
+    :: d_step { pc[w] == U_COPY ->                                      // workers.filling.fill_rows
+        CHECK(STALE, holder == gen[w]);
+        CHECK(COPIED, valid[of_pair(pair[w], at[w])] != gen[w]);
+        content[of_pair(pair[w], at[w])] = image(gen[w], of_pair(pair[w], at[w]));
+        pc[w] = U_VALID }
+    :: d_step { pc[w] == U_VALID ->                                     // shm.epcm.Epcm.set_valid_rows
+        CHECK(STALE, holder == gen[w]);
+        CHECK(NO_AHEAD, !early(of_pair(pair[w], at[w]), gen[w]));
+        valid[of_pair(pair[w], at[w])] = gen[w];
+        clear_midstates(w);
+        pc[w] = GIVING }
+#endif
 #if WORKER_SCRUB
     :: d_step { pc[w] == S_ZERO ->                                      // workers.filling.zero_rows
         CHECK(STALE, holder == gen[w]);
@@ -571,6 +613,8 @@ end:
         clear_midstates(w); pc[w] = GIVING }
 #ifdef M_WAIT_VALID
     :: d_step { pc[w] == A_WAIT -> pc[w] = A_HASH }
+#elif defined(M_VALID_LAST)     /* the last page of what could be hashed tells of those before it */
+    :: d_step { pc[w] == A_WAIT && valid[page(dom(w), BLOCKS - 1)] == gen[w] -> pc[w] = A_HASH }
 #else
     :: d_step { pc[w] == A_WAIT && valid[page(dom(w), N(w))] == gen[w] ->   // workers.measure.Measurer._advance
         pc[w] = A_HASH }
@@ -728,6 +772,9 @@ active proctype Host()
 {
     byte l = 1;
     byte pg;
+#if TOUCHES && !WORKER_COPY
+    byte next;
+#endif
 
     atomic { run Worker(0); run Worker(1) }
     do
@@ -777,7 +824,35 @@ active proctype Host()
 #endif
         do
         :: pg > PAGES -> break
+#if TOUCHES && !WORKER_COPY
+        /* One of the pages that come later is waited for. */
+        :: touches > 0 && pg + 1 < PAGES ->
+            atomic {
+                touches--;
+                next = pg + 1;
+                do
+                :: next + 1 < PAGES -> next++
+                :: break
+                od
+            }
+            if
+            :: valid[next] != l ->
+                content[next] = image(l, next);                         // runtime.startup.Start.copy_all
+                CHECK(NO_AHEAD, !early(next, l));
+                valid[next] = l                                         // shm.epcm.Epcm.set_valid
+            :: else
+            fi;
+            next = 0
+#ifdef M_RECOPY
         :: pg < PAGES ->
+#else
+        :: pg < PAGES && valid[pg] == l -> pg++                         // runtime.startup.Start.copy_all
+        :: pg < PAGES && valid[pg] != l ->
+#endif
+            CHECK(COPIED, valid[pg] != l);
+#else
+        :: pg < PAGES ->
+#endif
 #ifdef M_VALID_FIRST
             valid[pg] = l;
             content[pg] = image(l, pg);

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIMULATED = (
     "Real: processes, shared memory, locks, SHA-256, signatures, time. Simulated: the SGX hardware. The host"
-    " can read everything, so there is no confidentiality, and the gates are cooperative."
+    " can read everything, so there is no confidentiality."
 )
 
 
@@ -171,12 +171,13 @@ def doctor(json: options.Json = False) -> None:
             " reinstall with ENTURBO_NATIVE=require to see what fails.",
             style="yellow",
         )
-    out.print(
-        "The gates are cooperative: a handler that goes around the context it is given is not stopped by the"
-        " kernel. What it made of unmeasured pages still never leaves before VERIFIED. The mechanisms above"
-        " are only looked for; none is used.",
-        style="dim",
-    )
+    if found["gates"]["enforcement"] == "cooperative":
+        out.print(
+            "The gates are cooperative here: a handler that goes around the context it is given is not"
+            " stopped by the kernel, and may let something out before VERIFIED. docs/security.md tells what"
+            " is needed.",
+            style="yellow",
+        )
 
 
 def _fact(name: str, value: object) -> str:

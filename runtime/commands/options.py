@@ -23,6 +23,13 @@ class Startup(enum.StrEnum):
     SERIAL = "serial"
 
 
+class WrlockChoice(enum.StrEnum):
+    """What a store to a page that is not measured does, as of ``Runtime``."""
+
+    WAIT = "wait"
+    SHADOW = "shadow"
+
+
 class GateChoice(enum.StrEnum):
     """What waits for a page's measurement."""
 

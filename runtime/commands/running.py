@@ -55,6 +55,28 @@ def run(
     gate: Annotated[
         options.GateChoice, typer.Option(help="What waits for a page's measurement.")
     ] = options.GateChoice.WRITE,
+    wrlock: Annotated[
+        options.WrlockChoice, typer.Option(help="A store to an unmeasured page: waits, or goes to a copy.")
+    ] = options.WrlockChoice.WAIT,
+    require_enforcement: Annotated[
+        bool, typer.Option("--require-enforcement", help="Refuse to run where the kernel enforces nothing.")
+    ] = False,
+    read: Annotated[
+        list[str] | None,
+        typer.Option("--read", metavar="PATH", help="A path of the host that the handler may read."),
+    ] = None,
+    write: Annotated[
+        list[str] | None,
+        typer.Option("--write", metavar="DIR", help="A folder in which it may write after VERIFIED."),
+    ] = None,
+    connect: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--connect",
+            metavar="TARGET",
+            help="What it may connect to after VERIFIED: host:port, udp:host:port, unix:/path.",
+        ),
+    ] = None,
     workers: options.Workers = None,
     epc: Annotated[
         str | None,
@@ -79,8 +101,10 @@ def run(
     """
     from ..compare import epc_size
     from ..host import Runtime
+    from ..policy import Policy
 
     given = parse_event(event)
+    policy = Policy(read=tuple(read or ()), write=tuple(write or ()), connect=tuple(connect or ()))
     signers = [parse_signer(text) for text in signer or ()]
     if trace is not None:
         with reading(trace):
@@ -92,7 +116,7 @@ def run(
         _check_policy(image, signed, bool(signers) or any_signer, allow_unsigned)
         with (
             Runtime(
-                epc=epc_size(loaded) if epc is None else epc,
+                epc=epc_size(loaded, wrlock.value) if epc is None else epc,
                 workers=workers,
                 signers=signers,
                 any_signer=any_signer,
@@ -100,6 +124,9 @@ def run(
                 min_svn=min_svn,
                 product_id=product_id,
                 gate=gate.value,
+                wrlock=wrlock.value,
+                require_enforcement=require_enforcement,
+                policy=policy,
             ) as runtime,
             runtime.launch(loaded, signed, startup=startup.value, prefer=prefer.value) as enclave,
         ):

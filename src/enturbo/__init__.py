@@ -36,6 +36,8 @@ _HOMES = {
     "HandlerError": "shm.errors",
     "EnclaveDestroyed": "shm.errors",
     "GateTimeout": "shm.errors",
+    "EnforcementUnavailable": "shm.errors",
+    "Policy": "runtime.policy",
 }
 
 if TYPE_CHECKING:
@@ -45,11 +47,13 @@ if TYPE_CHECKING:
     from .runtime.image import EnclaveImage
     from .runtime.keys import SigningKey
     from .runtime.measurement import Measurement
+    from .runtime.policy import Policy
     from .runtime.region import Region
     from .runtime.sigstruct import Sigstruct
     from .runtime.trace import Timeline
     from .shm.errors import (
         EnclaveDestroyed,
+        EnforcementUnavailable,
         EnturboError,
         EPCExhausted,
         GateTimeout,
@@ -70,6 +74,7 @@ __all__ = [
     "EnclaveDestroyed",
     "EnclaveImage",
     "EnclaveState",
+    "EnforcementUnavailable",
     "EnturboError",
     "GateTimeout",
     "HandlerError",
@@ -79,6 +84,7 @@ __all__ = [
     "Measurement",
     "MeasurementMismatch",
     "NoHandler",
+    "Policy",
     "Region",
     "Runtime",
     "SharedMemoryFull",

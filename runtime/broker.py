@@ -1,0 +1,301 @@
+"""The broker: answers the held system calls of one enclave, from VERIFIED on, by list and by policy.
+
+    held call ─► on the list, and its numbers are right ─► the kernel carries it out
+              ─► socket, connect ───────────────────────► the host does it, if the policy names the target
+              ─► anything else ─────────────────────────► EPERM
+
+The kernel is told to go on only where plain numbers decide, or where it decides itself what the call may
+reach: Landlock, for files, folders and signals. So it does not matter that what a pointer points to may
+change after the look at it. The one address that is read, connect's, is read once, and it is the host that
+connects, to its own copy.
+
+What a release list means: chmod, chown, times, extended attributes, locks by flock, sending by address,
+listening, executing and everything that has no name here are refused. Landlock does not govern them, and
+they would reach files and processes outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from . import landlock
+from .policy import Address, Policy, Target
+from .seccomp import Listener, Notification
+from .syscalls import NUMBERS
+
+log = logging.getLogger("enturbo.enclave")
+
+CONNECT_SECONDS: Final = 10
+_ADDRESS_BYTES: Final = 128  # struct sockaddr_storage
+_SETID: Final = 0o6000
+_NAMES: Final = {number: name for name, number in NUMBERS.items()}
+
+# Where a file or folder may be made, changed or removed is decided by Landlock, at the operation. Descriptors
+# are the process's own.
+_FILES: Final = """
+open openat creat mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat
+truncate fsync fdatasync sync_file_range fallocate copy_file_range sendfile splice tee chdir fchdir
+"""
+# Of the process itself, its children and its memory.
+_OWN: Final = """ exit exit_group fork vfork wait4 waitid umask timer_create timer_settime timer_gettime
+timer_getoverrun timer_delete mmap futex futex_wake futex_wait futex_waitv futex_requeue set_tid_address
+"""
+# Landlock lets them reach this process and its children alone, from ABI 6 on.
+_SIGNALS: Final = "kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo"
+_RUN: Final = frozenset(NUMBERS[name] for name in (_FILES + _OWN).split())
+_SIGNAL: Final = frozenset(NUMBERS[name] for name in _SIGNALS.split())
+# Which argument is the mode of a new file or folder.
+_MODES: Final = {
+    NUMBERS[name]: at for name, at in (("open", 2), ("openat", 3), ("creat", 1), ("mkdir", 1), ("mkdirat", 2))
+}
+# CLONE_VM, VFORK, SETTLS, PARENT_SETTID, CHILD_CLEARTID, CHILD_SETTID: what fork, vfork and posix_spawn use.
+_CLONE: Final = 0x100 | 0x4000 | 0x80000 | 0x100000 | 0x200000 | 0x1000000
+_FCNTLS: Final = (5, 6, 7, 36, 37, 38, 1031)  # record locks, SETPIPE_SZ
+_PRCTLS: Final = (2, 3, 16)  # PR_GET_PDEATHSIG, GET_DUMPABLE, GET_NAME
+
+
+class Broker:
+    """The answers to one enclave's held calls. Takes both descriptors.
+
+    ``memory`` is the process's /proc/self/mem, which it opened before it was sealed: nobody else may look
+    into it. ``pid``: its main process.
+    """
+
+    def __init__(self, listener: int, memory: int, pid: int, policy: Policy) -> None:
+        self._listener = Listener(listener)
+        self._memory, self._pid, self._policy = memory, pid, policy
+        self._lock = threading.Lock()
+        self._sockets: dict[tuple[int, int], socket.socket] = {}  # by process and number; not connected yet
+        self._connecting: set[threading.Thread] = set()
+        self._thread: threading.Thread | None = None
+        self._wake_r = self._wake_w = -1
+        self._denied: set[int] = set()
+        number = NUMBERS
+        self._special: dict[int, Callable[[Notification], None]] = {
+            number["clone"]: self._clone,
+            number["fcntl"]: self._fcntl,
+            number["ioctl"]: lambda call: self._listener.deny(call, errno.ENOTTY),
+            number["prctl"]: self._prctl,
+            number["prlimit64"]: self._of_itself(0),
+            number["setrlimit"]: self._listener.allow,
+            number["sched_setaffinity"]: self._of_itself(0),
+            number["setpriority"]: self._priority,
+            number["socket"]: self._socket,
+            number["connect"]: self._connect,
+        }
+
+    def start(self) -> None:
+        """Answer what is held, in the order in which it came, and all that comes. Once."""
+        if self._thread is None:
+            self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._thread = threading.Thread(target=self._run, name="enturbo-broker", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End it and let go of everything; what is held after that fails (ENOSYS). May be called again."""
+        if self._thread is not None:
+            os.write(self._wake_w, b"\0")
+            self._thread.join()
+            self._thread = None
+        with self._lock:
+            sockets, connecting = list(self._sockets.values()), list(self._connecting)
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)  # ends a connect that is under way
+        for thread in connecting:
+            thread.join()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close all descriptors; all that is to be done in a forked child of the host."""
+        self._listener.close()
+        for name in ("_memory", "_wake_r", "_wake_w"):
+            fd: int = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
+        for each in self._sockets.values():
+            each.close()
+        self._sockets.clear()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._listener.fd, select.POLLIN)
+        poll.register(self._wake_r, select.POLLIN)
+        while True:
+            for fd, events in poll.poll():
+                if fd == self._wake_r:
+                    return
+                if events & select.POLLIN:
+                    call = self._listener.receive()
+                    if call is not None:
+                        self._answer(call)
+                elif events & (select.POLLHUP | select.POLLERR):
+                    return  # every process that it was for is gone
+
+    def _answer(self, call: Notification) -> None:
+        """Whatever happens here, the call gets one answer and the next one is served."""
+        try:
+            special = self._special.get(call.number)
+            if special is not None:
+                special(call)
+            elif self._runs(call):
+                self._listener.allow(call)
+            else:
+                self._deny(call)
+        except OSError as error:
+            self._listener.deny(call, error.errno or errno.EIO)
+        except Exception:
+            log.exception("the held call %s could not be answered", _NAMES.get(call.number, call.number))
+            self._listener.deny(call)
+
+    def _runs(self, call: Notification) -> bool:
+        if call.number in _SIGNAL:
+            # Before ABI 6 nothing but the number tells whom it would reach.
+            return landlock.abi() >= 6 or (call.args[0] == self._pid and call.number != NUMBERS["tkill"])
+        mode = _MODES.get(call.number)
+        return call.number in _RUN and (mode is None or not call.args[mode] & _SETID)
+
+    def _deny(self, call: Notification) -> None:
+        if call.number not in self._denied:
+            self._denied.add(call.number)
+            name = _NAMES.get(call.number, str(call.number))
+            log.info("enclave process %d: %s refused; the policy does not name it", self._pid, name)
+        self._listener.deny(call)
+
+    # ---------------------------------------------------------------------------------- plain numbers
+
+    def _decide(self, call: Notification, allowed: bool) -> None:
+        if allowed:
+            self._listener.allow(call)
+        else:
+            self._deny(call)
+
+    def _clone(self, call: Notification) -> None:
+        flags = call.args[0]
+        self._decide(call, flags & 0xFF == signal.SIGCHLD and not flags & ~0xFF & ~_CLONE)
+
+    def _fcntl(self, call: Notification) -> None:
+        self._decide(call, call.args[1] & 0xFFFF_FFFF in _FCNTLS)
+
+    def _prctl(self, call: Notification) -> None:
+        self._decide(call, call.args[0] & 0xFFFF_FFFF in _PRCTLS)
+
+    def _of_itself(self, at: int) -> Callable[[Notification], None]:
+        """Allowed if argument ``at`` names nobody, the thread that calls, or its process."""
+
+        def decide(call: Notification) -> None:
+            self._decide(call, call.args[at] & 0xFFFF_FFFF in (0, call.pid, self._pid))
+
+        return decide
+
+    def _priority(self, call: Notification) -> None:
+        of_process = call.args[0] & 0xFFFF_FFFF == 0
+        self._decide(call, of_process and call.args[1] & 0xFFFF_FFFF in (0, call.pid, self._pid))
+
+    # ---------------------------------------------------------------------------------------- sockets
+
+    def _socket(self, call: Notification) -> None:
+        """The host makes it, gives it away, and keeps it until it is connected."""
+        family, kind, protocol = (value & 0xFFFF_FFFF for value in call.args[:3])
+        flags = kind & (socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        if not any(_fits(target, family, kind & ~flags) for target in self._policy.targets):
+            self._deny(call)
+            return
+        made = socket.socket(family, kind & ~flags, protocol)
+        made.setblocking(not flags & socket.SOCK_NONBLOCK)
+        process = _process_of(call.pid)
+        number = self._listener.give(call, made.fileno(), cloexec=bool(flags & socket.SOCK_CLOEXEC))
+        with self._lock:
+            if number < 0:
+                made.close()
+                return
+            old = self._sockets.pop((process, number), None)
+            self._sockets[process, number] = made
+        if old is not None:
+            old.close()
+
+    def _connect(self, call: Notification) -> None:
+        number, pointer, length = call.args[0] & 0xFFFF_FFFF, call.args[1], call.args[2] & 0xFFFF_FFFF
+        key = _process_of(call.pid), number
+        sock = self._sockets.get(key)
+        if sock is None:
+            self._deny(call)
+            return
+        address = _parse(os.pread(self._memory, min(length, _ADDRESS_BYTES), pointer))
+        if address is None or not self._listener.is_alive(call) or not self._may_reach(sock, address):
+            self._deny(call)
+            return
+        # On a thread of its own: it may take its time, and other calls are waiting.
+        thread = threading.Thread(target=self._reach, args=(call, key, sock, address), daemon=True)
+        with self._lock:
+            self._connecting.add(thread)
+        thread.start()
+
+    def _may_reach(self, sock: socket.socket, address: Address) -> bool:
+        for target in self._policy.targets:
+            if _fits(target, sock.family, sock.type):
+                with contextlib.suppress(OSError):
+                    if address in target.resolve():
+                        return True
+        return False
+
+    def _reach(self, call: Notification, key: tuple[int, int], sock: socket.socket, address: Address) -> None:
+        """Connect our copy of the descriptor, which is theirs too; then it is theirs alone."""
+        limit, none = struct.pack("ll", CONNECT_SECONDS, 0), struct.pack("ll", 0, 0)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            error = sock.connect_ex(address)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, none)
+        except OSError as failure:
+            error = failure.errno or errno.EIO
+        with self._lock:
+            # The peer must see it when they close theirs. After a failure they may try again.
+            ours = self._sockets.pop(key, None) if error in (0, errno.EINPROGRESS) else None
+            self._connecting.discard(threading.current_thread())
+        if ours is not None:
+            ours.close()
+        if error:
+            self._listener.deny(call, error)
+        else:
+            self._listener.answer(call, 0)
+
+
+def _fits(target: Target, family: int, kind: int) -> bool:
+    """Whether a socket of this family and kind is for such a target."""
+    if isinstance(target.address, str):
+        return family == socket.AF_UNIX
+    return family in (socket.AF_INET, socket.AF_INET6) and kind == target.kind
+
+
+def _parse(data: bytes) -> Address | None:
+    """A socket address: host and port, or the path of a Unix socket; None: neither."""
+    if len(data) < 2:
+        return None
+    (family,) = struct.unpack_from("<H", data)
+    if family == socket.AF_INET and len(data) >= 8:
+        return socket.inet_ntop(family, data[4:8]), int.from_bytes(data[2:4], "big")
+    if family == socket.AF_INET6 and len(data) >= 24:
+        return socket.inet_ntop(family, data[8:24]), int.from_bytes(data[2:4], "big")
+    if family == socket.AF_UNIX and len(data) > 2 and data[2]:
+        return os.path.normpath(os.fsdecode(data[2:].split(b"\0")[0]))
+    return None
+
+
+def _process_of(thread: int) -> int:
+    """The process that a thread belongs to; descriptors are a process's."""
+    with open(f"/proc/{thread}/status", "rb", buffering=0) as file:
+        for line in file.readall().splitlines():
+            if line.startswith(b"Tgid:"):
+                return int(line.split()[1])
+    raise ProcessLookupError(errno.ESRCH, f"thread {thread} is gone")

@@ -1,0 +1,70 @@
+"""A handler that runs before the copy ends: what it touches is there first, and nothing else has to be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from enturbo import EnclaveImage, Runtime
+from enturbo.shm.layout import PAGE_SIZE
+from enturbo.workers.measure import Measurer
+
+WAIT = 30.0
+PAGES = 4096
+Raw = Callable[..., EnclaveImage]
+
+READ = """
+def handler(event, context):
+    data = address(context.data.view())
+    return [load(data + page * 4096) for page in event]
+"""
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The start's own thread copies and measures nothing before this is set."""
+    event, step = threading.Event(), Measurer.step
+
+    def wait(measurer: Measurer, *arguments: Any) -> Any:
+        assert event.wait(WAIT)
+        return step(measurer, *arguments)
+
+    monkeypatch.setattr(Measurer, "step", wait)
+    yield event
+    event.set()
+
+
+def test_touched_blocks_are_copied_first(raw: Raw, measuring: threading.Event) -> None:
+    """All workers are stopped: manifest, code and four pages of data come because they are touched."""
+    content = b"".join(bytes([page % 251]) * PAGE_SIZE for page in range(PAGES))
+    image = raw(READ, data=content)
+    touched = [PAGES - 1, 2000, 17, 3000]
+    with Runtime(epc="32MiB", workers=2, require_enforcement=True, progress_timeout=WAIT) as runtime:
+        assert runtime.wait_workers()
+        workers = [psutil.Process(pid) for pid in runtime._pool.pids().values()]
+        for worker in workers:
+            worker.suspend()
+        with runtime.launch(image, expected=image.measure(), prefer="start") as enclave:
+            place = enclave._start.place
+            future = enclave.submit(touched)
+            deadline = time.monotonic() + WAIT
+            offset = image.page_count - PAGES - image.regions[-1].page_count
+            first = place.first_page + offset
+            epcm = runtime.memory.epcm
+            while not all(epcm.is_valid(first + page, place.generation) for page in touched):
+                assert time.monotonic() < deadline
+                time.sleep(1e-3)
+            valid = int(epcm.valid_mask(place.first_page, image.page_count, place.generation).sum())
+            assert valid < PAGES // 4
+            for worker in workers:
+                worker.resume()
+            measuring.set()
+            assert future.result(WAIT) == [page % 251 for page in touched]
+            copies = [span for span in enclave.timeline.spans if span.track == "pager"]
+            assert sum(span.pages for span in copies) <= valid
+            assert enclave.timeline.gate_waits >= len(touched)
