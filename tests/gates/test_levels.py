@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from enturbo.runtime import enforcement, landlock, seccomp
 from enturbo.shm import uffd
 from enturbo.shm.layout import PAGE_SIZE
 
-WAIT = 30.0
+WAIT = float(os.environ.get("ENTURBO_TEST_WAIT", "30"))  # seconds; a bound, never a measure
 Function = Callable[..., EnclaveImage]
 Probe = Callable[..., int]
 

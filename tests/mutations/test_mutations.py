@@ -29,7 +29,7 @@ def load_rules() -> ModuleType:
 
 
 rules = load_rules()
-TABLE = rules.load(Path(__file__).parent / "table.toml")
+TABLE = rules.load(*(Path(__file__).parent / f"{name}.toml" for name in ("table", "enforcement")))
 
 
 @pytest.mark.parametrize("mutation", rules.cases(TABLE))
