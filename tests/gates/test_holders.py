@@ -185,7 +185,16 @@ def test_a_dead_host(raw: Raw, tmp_path: Any, also: str) -> None:
         if also == "workers":
             for process in processes[2:]:
                 process.kill()
+        zygote = processes[0]
+        zygote.suspend()  # so that there is time to see that it holds the gate
         host.kill()
+        host.wait(WAIT)
+        until(lambda: not any(is_alive(process) for process in processes[2:]))
+        for _ in range(100):
+            assert epc[at] == GENUINE
+            time.sleep(1e-3)
+        assert is_alive(processes[1])
+        zygote.resume()
         deadline = time.monotonic() + WAIT
         while any(is_alive(process) for process in processes):
             assert epc[at] == GENUINE
