@@ -126,8 +126,8 @@ def spots(chance: random.Random, size: int) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.fixture
-def runtime(cooperative: Runtime) -> Runtime:
+@pytest.fixture(name="runtime")
+def _cooperative_runtime(cooperative: Runtime) -> Runtime:
     """The order that the cooperative gate keeps; handlers here tell by files how far they are, before the
     verdict. That of the kernel's gates is tested in tests/gates."""
     return cooperative

@@ -268,6 +268,7 @@ end:
 #define S_MARK   22
 #define U_COPY   23     /* a page that the enclave waits for: bytes, VALID */
 #define U_VALID  24
+#define F_LATE   25     /* the bytes, where the hint came first */
 
 byte pc[2];
 byte gen[2];            /* the generation that it works for */
@@ -451,9 +452,12 @@ inline stored(w, this, then)
     fi
 }
 
+/* The hint may be too low, never too high: where it covers a page nobody looks at VALID of it. */
 #if WORKER_COPY == 2
+#define KNOWN copied[pair[w]] > N(w) * PER_PAIR + i[w]                  // workers.measure.Measurer._is_known_valid
 #define TAKE pc[w] = (copied[pair[w]] < PAIR_PAGES -> F_COPY : T_READ)
 #else
+#define KNOWN false
 #define TAKE pc[w] = T_READ
 #endif
 #if WORKER_SCRUB
@@ -524,13 +528,23 @@ end:
         at[w] = k_;
         if
         :: k_ < PAIR_PAGES ->
+#ifdef M_MARK_FIRST
+            copied[pair[w]] = k_ + 1;
+            pc[w] = F_LATE
+#else
             CHECK(COPIED, valid[of_pair(pair[w], k_)] != gen[w]);
             CHECK(NO_RECOPY, content[of_pair(pair[w], k_)] == ZERO);
             content[of_pair(pair[w], k_)] = image(gen[w], of_pair(pair[w], k_));
             pc[w] = F_VALID
+#endif
         :: else -> pc[w] = F_MARK
         fi;
         k_ = 0 }
+#ifdef M_MARK_FIRST
+    :: d_step { pc[w] == F_LATE ->
+        content[of_pair(pair[w], at[w])] = image(gen[w], of_pair(pair[w], at[w]));
+        pc[w] = F_VALID }
+#endif
     :: d_step { pc[w] == F_VALID ->                                     // shm.epcm.Epcm.set_valid_rows
         CHECK(STALE, holder == gen[w]);
         valid[of_pair(pair[w], at[w])] = gen[w];
@@ -616,7 +630,7 @@ end:
 #elif defined(M_VALID_LAST)     /* the last page of what could be hashed tells of those before it */
     :: d_step { pc[w] == A_WAIT && valid[page(dom(w), BLOCKS - 1)] == gen[w] -> pc[w] = A_HASH }
 #else
-    :: d_step { pc[w] == A_WAIT && valid[page(dom(w), N(w))] == gen[w] ->   // workers.measure.Measurer._advance
+    :: d_step { pc[w] == A_WAIT && (KNOWN || valid[page(dom(w), N(w))] == gen[w]) -> // workers.measure.Measurer._advance
         pc[w] = A_HASH }
 #endif
 #if WORKER_COPY == 1

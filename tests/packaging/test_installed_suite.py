@@ -11,17 +11,22 @@ import pytest
 
 SECONDS = 540
 TESTS = Path(__file__).resolve().parents[1]
+# Run against an installed wheel by tests/unprivileged, as another user.
+ELSEWHERE = ("sealing", "attacks", "unprivileged")
 
 
 @pytest.mark.wheel
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 60)
 def test_suite_passes_against_the_installed_wheel(tree: Path, sdist_python: Path, tmp_path: Path) -> None:
-    """Every quick test but these; with development mode, where warnings are errors from the first import on.
+    """Every quick test but these and those of ELSEWHERE.
+
+    With development mode, where warnings are errors from the first import on.
 
     Its output is shown when pytest does not capture, so that its closing line is seen.
     """
-    shutil.copytree(TESTS, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "packaging"))
+    left_out = shutil.ignore_patterns("__pycache__", "packaging", *ELSEWHERE)
+    shutil.copytree(TESTS, tmp_path / "tests", ignore=left_out)
     shutil.copy(tree / "pyproject.toml", tmp_path)  # pytest's settings
     shutil.copy(tree / "README.md", tmp_path)  # its example is run
     shutil.copytree(tree / "docs", tmp_path / "docs")  # the model's names are looked up
