@@ -695,7 +695,7 @@ def test_early_writes_for_longer(function: Function, tmp_path: Path, monkeypatch
         except BaseException as error:  # noqa: BLE001  a thread's errors are the test's to raise
             errors.append(error)
 
-    with Runtime(epc="64MiB", workers=2 * len(os.sched_getaffinity(0))) as runtime:
+    with Runtime(epc="64MiB", workers=2 * len(os.sched_getaffinity(0)), enforcement="cooperative") as runtime:
         monkeypatch.setattr(runtime, "copy_bytes", SlowCopy(runtime.copy_bytes, random.Random(23)))
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
         for thread in threads:
