@@ -46,7 +46,7 @@ def demo(
     with Runtime(epc=epc_size(image), signers=[key.mrsigner]) as runtime:
         with progress("starting enclaves", (rounds + 1) * len(COMBINATIONS)) as step:
             comparison = compare(runtime, candidates, example_event(), rounds=rounds, on_start=step)
-        show.comparison(comparison, runtime.workers)
+        show.comparison(comparison, runtime.workers, runtime.enforcement.level)
         answers = ask(runtime, genuine)
         same = agreed([row.answers[0] for row in comparison.rows])
         show.answers(answers, same)
@@ -103,14 +103,15 @@ class Shown:
         self._out.print(f"MRSIGNER {mrsigner.hex()}")
         self._out.print("Scheme sgx and scheme enturbo, each with the heap by EADD (SGXv1) and EAUG (SGXv2).")
 
-    def comparison(self, comparison: Comparison, workers: int) -> None:
+    def comparison(self, comparison: Comparison, workers: int, level: str) -> None:
         """The table."""
         from .tables import TERMS, comparison_table
 
         self._heading("Start it, call it: five combinations")
         rounds = len(comparison.rows[0].samples)
         self._out.print(
-            f"{workers} workers, {rounds} rounds, a new enclave process each time. Times in ms.\n"
+            f"{workers} workers, {rounds} rounds, a new enclave process each time; enforcement: {level}."
+            " Times in ms.\n"
         )
         self._out.print(comparison_table(comparison))
         self._out.print()
