@@ -138,16 +138,17 @@ LAUNCH = Record(
         ("measurers", "I", 52),  # workers with a slot below this may claim
         ("copy_aborted", "I", 56),  # = generation: the copy failed, wait for nothing
         ("group", "I", 60),  # pairs that one claim covers, neighbours; never changes within a launch
-        ("copy_front", "Q", 64),  # pages VALID so far, where the host copies (a hint: see EPCM_ENTRY.valid)
+        # Where the host copies: all pages below are VALID; there may be more (see EPCM_ENTRY.valid).
+        ("copy_front", "Q", 64),
         # Written by any measurer, `fault` last: the launch must be rejected.
         ("fault", "I", 72),  # = generation
         ("fault_reason", "I", 76),
-        # Written by the holder of a claim: rows copied of its pairs (a hint: VALID itself stands in the
-        # EPCM).
+        # Written by the holder of a claim, after VALID: of its pairs, how many rows from the first on are
+        # copied. It may be too low, where a holder died, and is never too high.
         ("copied", "64s", 128),  # MAX_PAIRS u32
     ),
 )
-COPY_BY_HOST: Final = 0  # the host, in ascending order
+COPY_BY_HOST: Final = 0  # the host, in ascending order but for pages that somebody waits for
 COPY_FIRST: Final = 1  # holders of claims: everything is copied before it is measured
 COPY_FUSED: Final = 2  # holders of claims: each stripe directly before it is hashed
 SCRUB: Final = 3  # no launch: the pages of one that has ended are zeroed by holders of claims

@@ -157,9 +157,9 @@ class Filler:
     each page that it is about to fill, and never copies a VALID one: an enclave may have written to it, or a
     measurer hashed it. All of that is under the pair's claim, so no page has two copiers.
 
-    What a launch publishes beside the EPCM (of each pair, how many rows from the first on are copied) is a
-    hint: who dies after VALID and before the hint leaves rows that the next holder finds VALID and passes
-    over.
+    Beside the EPCM a launch publishes of each pair how many rows, from the first on, are VALID. Who dies
+    after VALID and before that leaves rows that the next holder finds VALID and passes over: the number may
+    be too low. It is never too high, and measurers rely on that.
     """
 
     def __init__(
