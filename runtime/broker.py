@@ -25,6 +25,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -36,6 +37,9 @@ from .syscalls import NUMBERS
 log = logging.getLogger("enturbo.enclave")
 
 CONNECT_SECONDS: Final = 10
+KEPT_SOCKETS: Final = 64  # that an enclave has made and not connected; of more, the oldest cannot be
+WAKE_SECONDS: Final = 0.002  # for a thread to wake up when its call was answered
+_SLICE: Final = 0.05  # seconds between looks whether the broker is closed
 _ADDRESS_BYTES: Final = 128  # struct sockaddr_storage
 _SETID: Final = 0o6000
 _NAMES: Final = {number: name for name, number in NUMBERS.items()}
@@ -77,6 +81,7 @@ class Broker:
         self._lock = threading.Lock()
         self._sockets: dict[tuple[int, int], socket.socket] = {}  # by process and number; not connected yet
         self._connecting: set[threading.Thread] = set()
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._wake_r = self._wake_w = -1
         self._denied: set[int] = set()
@@ -87,7 +92,7 @@ class Broker:
             number["ioctl"]: lambda call: self._listener.deny(call, errno.ENOTTY),
             number["prctl"]: self._prctl,
             number["prlimit64"]: self._of_itself(0),
-            number["setrlimit"]: self._listener.allow,
+            number["setrlimit"]: self._allow,
             number["sched_setaffinity"]: self._of_itself(0),
             number["setpriority"]: self._priority,
             number["socket"]: self._socket,
@@ -107,11 +112,9 @@ class Broker:
             os.write(self._wake_w, b"\0")
             self._thread.join()
             self._thread = None
+        self._closing.set()
         with self._lock:
-            sockets, connecting = list(self._sockets.values()), list(self._connecting)
-        for each in sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)  # ends a connect that is under way
+            connecting = list(self._connecting)
         for thread in connecting:
             thread.join()
         self.forget()
@@ -150,7 +153,7 @@ class Broker:
             if special is not None:
                 special(call)
             elif self._runs(call):
-                self._listener.allow(call)
+                self._allow(call)
             else:
                 self._deny(call)
         except OSError as error:
@@ -166,6 +169,18 @@ class Broker:
         mode = _MODES.get(call.number)
         return call.number in _RUN and (mode is None or not call.args[mode] & _SETID)
 
+    def _allow(self, call: Notification) -> None:
+        """Let the kernel carry it out, and wait until its thread has been running for that.
+
+        So calls of several threads are carried out in the order in which they were made: when the next one is
+        answered this one has begun, and the next one's thread still has to wake up.
+        """
+        before = _turns_of(call.pid)
+        self._listener.allow(call)
+        until = time.monotonic() + WAKE_SECONDS
+        while _turns_of(call.pid) == before and time.monotonic() < until:
+            time.sleep(0)
+
     def _deny(self, call: Notification) -> None:
         if call.number not in self._denied:
             self._denied.add(call.number)
@@ -177,7 +192,7 @@ class Broker:
 
     def _decide(self, call: Notification, allowed: bool) -> None:
         if allowed:
-            self._listener.allow(call)
+            self._allow(call)
         else:
             self._deny(call)
 
@@ -206,7 +221,7 @@ class Broker:
     # ---------------------------------------------------------------------------------------- sockets
 
     def _socket(self, call: Notification) -> None:
-        """The host makes it, gives it away, and keeps it until it is connected."""
+        """The host makes it and gives it away; what it keeps tells what to connect in its place."""
         family, kind, protocol = (value & 0xFFFF_FFFF for value in call.args[:3])
         flags = kind & (socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         if not any(_fits(target, family, kind & ~flags) for target in self._policy.targets):
@@ -216,31 +231,44 @@ class Broker:
         made.setblocking(not flags & socket.SOCK_NONBLOCK)
         process = _process_of(call.pid)
         number = self._listener.give(call, made.fileno(), cloexec=bool(flags & socket.SOCK_CLOEXEC))
+        if number < 0:
+            made.close()
+            return
         with self._lock:
-            if number < 0:
-                made.close()
-                return
             old = self._sockets.pop((process, number), None)
             self._sockets[process, number] = made
+            if len(self._sockets) > KEPT_SOCKETS:
+                old = self._sockets.pop(next(iter(self._sockets)))
         if old is not None:
             old.close()
 
     def _connect(self, call: Notification) -> None:
         number, pointer, length = call.args[0] & 0xFFFF_FFFF, call.args[1], call.args[2] & 0xFFFF_FFFF
         key = _process_of(call.pid), number
-        sock = self._sockets.get(key)
-        if sock is None:
+        theirs = self._sockets.get(key)
+        # Of a forked child there is no memory to be read, and its parent's may hold something else by now.
+        if theirs is None or key[0] != self._pid:
             self._deny(call)
             return
-        address = _parse(os.pread(self._memory, min(length, _ADDRESS_BYTES), pointer))
-        if address is None or not self._listener.is_alive(call) or not self._may_reach(sock, address):
+        family, address = _parse(os.pread(self._memory, min(length, _ADDRESS_BYTES), pointer))
+        if address is None or not self._listener.is_alive(call):
             self._deny(call)
-            return
-        # On a thread of its own: it may take its time, and other calls are waiting.
-        thread = threading.Thread(target=self._reach, args=(call, key, sock, address), daemon=True)
-        with self._lock:
-            self._connecting.add(thread)
-        thread.start()
+        elif family != theirs.family:
+            self._listener.deny(call, errno.EAFNOSUPPORT)
+        elif not self._may_reach(theirs, address):
+            self._deny(call)
+        else:
+            ours = socket.socket(theirs.family, theirs.type, theirs.proto)
+            ours.setblocking(False)
+            os.set_inheritable(ours.fileno(), False)
+            blocking = os.get_blocking(theirs.fileno())
+            # On a thread of its own: it may take its time, and other calls are waiting.
+            thread = threading.Thread(
+                target=self._reach, args=(call, key, theirs, ours, address, blocking), daemon=True
+            )
+            with self._lock:
+                self._connecting.add(thread)
+            thread.start()
 
     def _may_reach(self, sock: socket.socket, address: Address) -> bool:
         for target in self._policy.targets:
@@ -250,25 +278,52 @@ class Broker:
                         return True
         return False
 
-    def _reach(self, call: Notification, key: tuple[int, int], sock: socket.socket, address: Address) -> None:
-        """Connect our copy of the descriptor, which is theirs too; then it is theirs alone."""
-        limit, none = struct.pack("ll", CONNECT_SECONDS, 0), struct.pack("ll", 0, 0)
+    def _reach(
+        self,
+        call: Notification,
+        key: tuple[int, int],
+        theirs: socket.socket,
+        ours: socket.socket,
+        address: Address,
+        blocking: bool,
+    ) -> None:
+        """Connect a socket that they have no part in, with an end to it, and put it where theirs is."""
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            error = sock.connect_ex(address)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, none)
+            error = self._connect_ours(ours, address)
+            if not error:
+                ours.setblocking(blocking)
+                if not self._listener.put(call, ours.fileno(), key[1], cloexec=True):
+                    error = errno.EBADF
         except OSError as failure:
-            error = failure.errno or errno.EIO
+            error = failure.errno if failure.errno and failure.errno > 0 else errno.EINVAL
+        finally:
+            ours.close()  # the peer must see it when they close theirs
         with self._lock:
-            # The peer must see it when they close theirs. After a failure they may try again.
-            ours = self._sockets.pop(key, None) if error in (0, errno.EINPROGRESS) else None
+            if not error and self._sockets.get(key) is theirs:
+                self._sockets.pop(key).close()  # connected; after a failure they may try again
             self._connecting.discard(threading.current_thread())
-        if ours is not None:
-            ours.close()
         if error:
             self._listener.deny(call, error)
         else:
             self._listener.answer(call, 0)
+
+    def _connect_ours(self, ours: socket.socket, address: Address) -> int:
+        """0 or an errno; ETIMEDOUT past CONNECT_SECONDS, ECANCELED when the broker is closed."""
+        until = time.monotonic() + CONNECT_SECONDS
+        error = ours.connect_ex(address)
+        poll = select.poll()
+        poll.register(ours, select.POLLOUT)
+        while error in (errno.EINPROGRESS, errno.EAGAIN):
+            if self._closing.is_set():
+                return errno.ECANCELED
+            if time.monotonic() > until:
+                return errno.ETIMEDOUT
+            if error == errno.EAGAIN:  # a Unix socket whose listener has as many as it takes
+                self._closing.wait(_SLICE)
+                error = ours.connect_ex(address)
+            elif poll.poll(_SLICE * 1000):
+                return ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return 0 if error == errno.EISCONN else error
 
 
 def _fits(target: Target, family: int, kind: int) -> bool:
@@ -278,18 +333,27 @@ def _fits(target: Target, family: int, kind: int) -> bool:
     return family in (socket.AF_INET, socket.AF_INET6) and kind == target.kind
 
 
-def _parse(data: bytes) -> Address | None:
-    """A socket address: host and port, or the path of a Unix socket; None: neither."""
+def _parse(data: bytes) -> tuple[int, Address | None]:
+    """Family and socket address: host and port, or the path of a Unix socket; None: neither."""
     if len(data) < 2:
-        return None
+        return 0, None
     (family,) = struct.unpack_from("<H", data)
     if family == socket.AF_INET and len(data) >= 8:
-        return socket.inet_ntop(family, data[4:8]), int.from_bytes(data[2:4], "big")
+        return family, (socket.inet_ntop(family, data[4:8]), int.from_bytes(data[2:4], "big"))
     if family == socket.AF_INET6 and len(data) >= 24:
-        return socket.inet_ntop(family, data[8:24]), int.from_bytes(data[2:4], "big")
+        return family, (socket.inet_ntop(family, data[8:24]), int.from_bytes(data[2:4], "big"))
     if family == socket.AF_UNIX and len(data) > 2 and data[2]:
-        return os.path.normpath(os.fsdecode(data[2:].split(b"\0")[0]))
-    return None
+        return family, os.path.normpath(os.fsdecode(data[2:].split(b"\0")[0]))
+    return family, None
+
+
+def _turns_of(thread: int) -> bytes:
+    """How often a thread got a processor; empty when it is gone, or the kernel does not count."""
+    try:
+        with open(f"/proc/{thread}/schedstat", "rb", buffering=0) as file:
+            return file.readall().split()[2]
+    except (OSError, IndexError):
+        return b""
 
 
 def _process_of(thread: int) -> int:

@@ -160,15 +160,20 @@ def seal(
         os.dup2(fresh, fd, inheritable=False)
     os.close(fresh)
     base.prepare()
-    readers, writers = _open_all(read, missing=True), _open_all(_folders(scratch, write), missing=True)
-    landlock.allow_reading(base.ruleset, base.abi, readers)
-    landlock.allow_writing(base.ruleset, base.abi, writers)
+    for allow, paths in (
+        (landlock.allow_reading, read),
+        (landlock.allow_writing, _folders(scratch, write)),
+    ):
+        places = _open_all(paths, missing=True)
+        try:
+            allow(base.ruleset, base.abi, places)
+        finally:
+            for fd in places:
+                os.close(fd)
     if scratch:
         _temporary_files_in(scratch)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     landlock.enforce(base.ruleset, base.abi)
-    for fd in (*readers, *writers):
-        os.close(fd)
     base.used()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -70,6 +70,7 @@ _ADDFD: Final = 0x40182103
 _SET_FLAGS: Final = 0x40082104
 _SYNC_WAKE_UP: Final = 1
 _CONTINUE: Final = 1
+_ADDFD_SETFD: Final = 1
 _ADDFD_SEND: Final = 2
 
 
@@ -147,6 +148,11 @@ class Listener:
         flags = 0o2000000 if cloexec else 0
         added = _Added(call.id, _ADDFD_SEND, fd, 0, flags)
         return libc.ioctl_result(self.fd, _ADDFD, added)
+
+    def put(self, call: Notification, fd: int, number: int, *, cloexec: bool) -> bool:
+        """A copy of our ``fd`` becomes descriptor ``number`` of the process, instead of what that was."""
+        flags = 0o2000000 if cloexec else 0
+        return libc.ioctl_result(self.fd, _ADDFD, _Added(call.id, _ADDFD_SETFD, fd, number, flags)) >= 0
 
     def close(self) -> None:
         """Let go of it. May be called again."""
