@@ -37,6 +37,7 @@ from .syscalls import NUMBERS
 log = logging.getLogger("enturbo.enclave")
 
 CONNECT_SECONDS: Final = 10
+CONNECTING: Final = 32  # connects of one enclave at a time; more fail with EAGAIN
 KEPT_SOCKETS: Final = 64  # that an enclave has made and not connected; of more, the oldest cannot be
 WAKE_SECONDS: Final = 0.002  # for a thread to wake up when its call was answered
 _SLICE: Final = 0.05  # seconds between looks whether the broker is closed
@@ -66,6 +67,18 @@ _MODES: Final = {
 _CLONE: Final = 0x100 | 0x4000 | 0x80000 | 0x100000 | 0x200000 | 0x1000000
 _FCNTLS: Final = (5, 6, 7, 36, 37, 38, 1031)  # record locks, SETPIPE_SZ
 _PRCTLS: Final = (2, 3, 16)  # PR_GET_PDEATHSIG, GET_DUMPABLE, GET_NAME
+
+
+# What is set before a connect and stays: level, option, size.
+_OPTIONS: Final = (
+    *((socket.SOL_SOCKET, option, 4) for option in (socket.SO_KEEPALIVE, socket.SO_REUSEADDR)),
+    *((socket.SOL_SOCKET, option, 4) for option in (socket.SO_BROADCAST, socket.SO_OOBINLINE)),
+    *((socket.SOL_SOCKET, option, 16) for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)),
+    (socket.SOL_SOCKET, socket.SO_LINGER, 8),
+    *((socket.IPPROTO_TCP, option, 4) for option in (socket.TCP_NODELAY, socket.TCP_KEEPIDLE)),
+    *((socket.IPPROTO_TCP, option, 4) for option in (socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4),
+)
 
 
 class Broker:
@@ -258,17 +271,16 @@ class Broker:
         elif not self._may_reach(theirs, address):
             self._deny(call)
         else:
-            ours = socket.socket(theirs.family, theirs.type, theirs.proto)
-            ours.setblocking(False)
-            os.set_inheritable(ours.fileno(), False)
-            blocking = os.get_blocking(theirs.fileno())
             # On a thread of its own: it may take its time, and other calls are waiting.
-            thread = threading.Thread(
-                target=self._reach, args=(call, key, theirs, ours, address, blocking), daemon=True
-            )
+            thread = threading.Thread(target=self._reach, args=(call, key, theirs, address), daemon=True)
             with self._lock:
-                self._connecting.add(thread)
-            thread.start()
+                begun = len(self._connecting) < CONNECTING
+                if begun:
+                    self._connecting.add(thread)
+            if begun:
+                thread.start()
+            else:
+                self._listener.deny(call, errno.EAGAIN)
 
     def _may_reach(self, sock: socket.socket, address: Address) -> bool:
         for target in self._policy.targets:
@@ -279,41 +291,38 @@ class Broker:
         return False
 
     def _reach(
-        self,
-        call: Notification,
-        key: tuple[int, int],
-        theirs: socket.socket,
-        ours: socket.socket,
-        address: Address,
-        blocking: bool,
+        self, call: Notification, key: tuple[int, int], theirs: socket.socket, address: Address
     ) -> None:
         """Connect a socket that they have no part in, with an end to it, and put it where theirs is."""
+        error, blocking = errno.EINVAL, True
         try:
-            error = self._connect_ours(ours, address)
-            if not error:
+            blocking = os.get_blocking(theirs.fileno())
+            with _like(theirs) as ours:  # ours is closed: the peer must see it when they close theirs
+                error = self._connect_ours(ours, address, wait=blocking)
                 ours.setblocking(blocking)
-                if not self._listener.put(call, ours.fileno(), key[1], cloexec=True):
+                under_way = error == errno.EINPROGRESS and not blocking
+                if (not error or under_way) and not self._listener.put(
+                    call, ours.fileno(), key[1], cloexec=True
+                ):
                     error = errno.EBADF
         except OSError as failure:
             error = failure.errno if failure.errno and failure.errno > 0 else errno.EINVAL
-        finally:
-            ours.close()  # the peer must see it when they close theirs
         with self._lock:
-            if not error and self._sockets.get(key) is theirs:
-                self._sockets.pop(key).close()  # connected; after a failure they may try again
+            if error in (0, errno.EINPROGRESS) and self._sockets.get(key) is theirs:
+                self._sockets.pop(key).close()  # it is another now; after a failure they may try again
             self._connecting.discard(threading.current_thread())
         if error:
             self._listener.deny(call, error)
         else:
             self._listener.answer(call, 0)
 
-    def _connect_ours(self, ours: socket.socket, address: Address) -> int:
+    def _connect_ours(self, ours: socket.socket, address: Address, *, wait: bool) -> int:
         """0 or an errno; ETIMEDOUT past CONNECT_SECONDS, ECANCELED when the broker is closed."""
         until = time.monotonic() + CONNECT_SECONDS
         error = ours.connect_ex(address)
         poll = select.poll()
         poll.register(ours, select.POLLOUT)
-        while error in (errno.EINPROGRESS, errno.EAGAIN):
+        while wait and error in (errno.EINPROGRESS, errno.EAGAIN):
             if self._closing.is_set():
                 return errno.ECANCELED
             if time.monotonic() > until:
@@ -324,6 +333,22 @@ class Broker:
             elif poll.poll(_SLICE * 1000):
                 return ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return 0 if error == errno.EISCONN else error
+
+
+def _like(theirs: socket.socket) -> socket.socket:
+    """A socket of the same kind with the same options, that does not block."""
+    ours = socket.socket(theirs.family, theirs.type, theirs.proto)
+    try:
+        ours.setblocking(False)
+        for level, option, size in _OPTIONS:
+            with contextlib.suppress(OSError):  # not one of this kind
+                value = theirs.getsockopt(level, option, size)
+                if value != ours.getsockopt(level, option, size):
+                    ours.setsockopt(level, option, value)
+    except BaseException:
+        ours.close()
+        raise
+    return ours
 
 
 def _fits(target: Target, family: int, kind: int) -> bool:
