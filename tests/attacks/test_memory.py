@@ -263,7 +263,7 @@ def cooperative() -> Iterator[Runtime]:
         yield runtime
 
 
-@pytest.fixture(scope="module", params=["wait", "shadow"])
+@pytest.fixture(scope="module", params=["wait", pytest.param("shadow", marks=pytest.mark.slow)])
 def enforced(request: pytest.FixtureRequest) -> Iterator[Runtime]:
     with Runtime(epc="4MiB", workers=1, require_enforcement=True, wrlock=request.param) as runtime:
         assert runtime.wait_workers()
