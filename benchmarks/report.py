@@ -16,6 +16,7 @@ from typing import Any
 
 from reporting import machine
 from reporting.chains import measure_chain, measure_eadds
+from reporting.enforcement import measure_enforcement
 from reporting.growth import measure_growth
 from reporting.launches import measure_launches
 from reporting.memory import measure_memory
@@ -25,6 +26,7 @@ from reporting.startup import measure_arena, measure_fresh, measure_idle, measur
 from reporting.targets import NAMES
 from reporting.writer import Findings, markdown
 
+from enturbo.runtime.enforcement import probe
 from enturbo.workers.sha256 import available
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +40,7 @@ EXPERIMENTS: dict[str, Callable[[Sizes, Say], Group]] = {
     "idle": measure_idle,
     "memory": measure_memory,
     "growth": measure_growth,
+    "enforcement": measure_enforcement,
 }
 DIGITS = 5  # of a sample in the JSON file
 
@@ -97,8 +100,14 @@ def _measure(options: argparse.Namespace) -> Findings:
     sizes = QUICK if options.quick else FULL
     wanted = {NAMES[name] for name in options.only} or set(EXPERIMENTS)
     facts = machine.facts()
+    enforced = probe()
+    if not enforced.by_kernel:
+        wanted.discard("enforcement")
     groups = {name: run(sizes, _say) for name, run in EXPERIMENTS.items() if name in wanted}
-    notes = {"load average after": " / ".join(f"{load:.2f}" for load in os.getloadavg())}
+    notes = {
+        "enforcement": "; missing: ".join((enforced.level, *enforced.missing)),
+        "load average after": " / ".join(f"{load:.2f}" for load in os.getloadavg()),
+    }
     if "launches" in groups:
         found = groups["launches"].facts
         huge, whole = (found[name] >> 20 for name in ("epc_bytes_huge", "epc_bytes"))

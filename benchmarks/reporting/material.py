@@ -65,9 +65,9 @@ def function_image(size: int, heap: int = 0) -> EnclaveImage:
 
 
 @contextlib.contextmanager
-def warm_runtime(epc: int, signer: bytes, hasher: str | None = None) -> Iterator[Runtime]:
+def warm_runtime(epc: int, signer: bytes, hasher: str | None = None, **choices: Any) -> Iterator[Runtime]:
     """Two workers, and an EPC of ``epc`` bytes that all have in their page tables."""
-    with Runtime(epc=epc, workers=WORKERS, signers=[signer], hasher=hasher) as runtime:
+    with Runtime(epc=epc, workers=WORKERS, signers=[signer], hasher=hasher, **choices) as runtime:
         if not runtime.warm():
             raise RuntimeError("the EPC did not become warm")
         yield runtime

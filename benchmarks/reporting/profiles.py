@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .accounts import account, per_page
+from .enforcement_rows import enforcement_profiles
 from .page_times import LARGE, PAGES, ceiling_page_time, fixed_and_per_page
 from .rounds import Group
 from .row import Groups, Row
@@ -198,6 +199,7 @@ _PROFILES: dict[str, Callable[[Groups], str]] = {
     "arena": _arena,
     "growth-verified": _growth("fused"),
     "growth-start": _growth("early"),
+    **enforcement_profiles(),
 }
 
 

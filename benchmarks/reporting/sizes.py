@@ -25,6 +25,8 @@ class Sizes(NamedTuple):
     growth: tuple[int, ...]
     growth_serial: int  # the largest size that is also started serially
     growth_rounds: int
+    written: int  # measured data that functions write to
+    enforcement_rounds: int
 
 
 FULL = Sizes(
@@ -45,6 +47,8 @@ FULL = Sizes(
     growth=(1, 4, 16, 64, 256, 1024, 4096),
     growth_serial=1024,
     growth_rounds=9,
+    written=64,
+    enforcement_rounds=15,
 )
 QUICK = Sizes(
     image=32,
@@ -64,4 +68,6 @@ QUICK = Sizes(
     growth=(1, 4, 16, 64, 128),
     growth_serial=64,
     growth_rounds=3,
+    written=16,
+    enforcement_rounds=3,
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from enturbo.shm.layout import EPCM_ENTRY, SMC_SIZE
 
+from .enforcement_rows import enforcement_rows
 from .launch_rows import launch_rows
 from .page_times import LARGE, page_time_spread
 from .rounds import Group, summarise
@@ -43,6 +44,7 @@ NAMES: dict[str, str] = {
     "arena": "arena",
     "slope": "memory",
     "growth": "growth",
+    "enforcement": "enforcement",
 }
 
 
@@ -213,4 +215,5 @@ _MAKERS: dict[str, Callable[[Group], Iterator[Row]]] = {
     "idle": _idle,
     "arena": _arena,
     "growth": _growth,
+    "enforcement": enforcement_rows,
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .accounts import account_table, speed_table
 from .ceiling import TRIES
+from .enforcement_rows import starts_table, writes_table
 from .page_times import ceiling_page_time, page_times
 from .profiles import profile
 from .rounds import Group
@@ -54,6 +55,8 @@ def markdown(findings: Findings, picture: str | None) -> str:
         parts.append(_growth(groups["growth"], picture))
     if "memory" in groups:
         parts.append(_memory(groups["memory"]))
+    if "enforcement" in groups:
+        parts.append(_enforcement(groups["enforcement"]))
     parts.append("## How to run it\n\n" + HOW_TO_RUN)
     return "\n\n".join(parts) + "\n"
 
@@ -235,6 +238,23 @@ def _memory(group: Group) -> str:
         cells = " | ".join(f"{value / 1024:,.0f}" for value in _few(group[name]))
         slope = group.facts["slopes"].get(name)
         lines.append(f"| {title} | {cells} | {NONE if slope is None else f'{slope / 1024:,.1f}'} |")
+    return "\n".join(lines)
+
+
+def _enforcement(group: Group) -> str:
+    lines = [
+        "## Enforced and cooperative starts",
+        "",
+        "Milliseconds after `launch()`; all runtimes in the same rounds. *Process there*: the host has its"
+        " descriptors, so it is forked and, where enforced, sealed. CPU time of workers and host is until"
+        " VERIFIED, that of zygote and enclave process until the result; medians.",
+        "",
+        *starts_table(group),
+        "",
+        "## Waiting or private copies",
+        "",
+        *writes_table(group),
+    ]
     return "\n".join(lines)
 
 
