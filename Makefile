@@ -26,11 +26,14 @@ demo: $(VENV)/.demo  ## build, sign, start and call the example in all combinati
 test: $(VENV)/.test  ## the suite without what is slow (at most 4 minutes on two cores)
 	$(PYTEST) -m "not slow"
 
-# What `make test` ran is not run again from the tree: the slow tests (with most of the mutations), then the quick
-# ones against an installed wheel, then the model's larger instances. At most 10 minutes.
+# What `make test` ran is not run again from the tree: the slow tests (with most of the mutations) and beside them, as
+# both wait a lot, the quick ones against an installed wheel; then the model's larger instances. At most 10 minutes.
 test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, larger models
-	$(PYTEST) -m "slow and not wheel"
-	$(MAKE) test-wheel
+	mkdir -p build
+	$(MAKE) test-wheel >build/test-wheel.log 2>&1 & wheel=$$!; \
+	$(PYTEST) -m "slow and not wheel"; slow=$$?; \
+	wait $$wheel; wheel=$$?; cat build/test-wheel.log; \
+	test $$slow -eq 0 -a $$wheel -eq 0
 	$(MAKE) model-large
 
 test-wheel: $(VENV)/.test  ## build a wheel, install it, run the suite against it outside the tree

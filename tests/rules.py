@@ -101,7 +101,7 @@ def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             [sys.executable, *arguments],
             cwd=package.parent,
             # What waits in vain for the rule need not do so for long.
-            env=kept | {"PYTHONPATH": str(package.parent), "ENTURBO_TEST_WAIT": "6"},
+            env=kept | {"PYTHONPATH": str(package.parent), "ENTURBO_TEST_WAIT": "4"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

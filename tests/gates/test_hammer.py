@@ -24,7 +24,7 @@ Raw = Callable[..., EnclaveImage]
 
 HAMMER = """
 def handler(event, context):
-    data, size = address(context.data.view()), len(context.data)
+    data, size = data_address(context), len(context.data)
     heap = address(context.heap.view())
     together = threading.Barrier(4)
 
@@ -119,7 +119,7 @@ def test_without_a_gate_it_is_not(raw: Raw, content: bytes) -> None:
     with runtime_of(enforcement="cooperative") as runtime:
         assert runtime.wait_workers()
         image = raw(
-            HAMMER.replace("context.data.view()", "context.data._gate._slice(context.data._offset, 8)"),
+            HAMMER,
             data=content,
             heap="64KiB",
         )

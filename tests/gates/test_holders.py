@@ -26,7 +26,7 @@ Raw = Callable[..., EnclaveImage]
 
 STORE = f"""
 def handler(event, context):
-    data = address(context.data.view())
+    data = data_address(context)
     load(data)
     store(data, {STORED})
     return load(data)

@@ -24,7 +24,7 @@ Raw = Callable[..., EnclaveImage]
 TOUCH = """
 def handler(event, context):
     event, plain = event
-    data = address(context.data.view())
+    data = data_address(context)
     heap = address(context.heap.view())
     came_back, found = {}, {}
 
@@ -186,7 +186,7 @@ def test_nothing_that_is_measured_is_read_before_it_is(executing: Runtime, raw: 
 def test_a_page_without_w_is_never_written(alone: Runtime, raw: Raw) -> None:
     """Neither before the verdict nor after it: the store is the process's end."""
     image = raw(
-        "def handler(event, context):\n    at = address(context.data.view())\n    store(at - event, 1)\n",
+        "def handler(event, context):\n    at = data_address(context)\n    store(at - event, 1)\n",
         data=PAGE_SIZE,
     )
     with (

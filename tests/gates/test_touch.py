@@ -21,7 +21,7 @@ Raw = Callable[..., EnclaveImage]
 
 READ = """
 def handler(event, context):
-    data = address(context.data.view())
+    data = data_address(context)
     return [load(data + page * 4096) for page in event]
 """
 

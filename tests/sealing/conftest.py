@@ -250,12 +250,9 @@ def nursery(uid: int | None) -> Iterator[Nursery]:
         nursery.close()
 
 
-@pytest.fixture(
-    scope="session",
-    params=["own", pytest.param("nobody", marks=pytest.mark.slow)] if os.geteuid() == 0 else ["own"],
-)
+@pytest.fixture(scope="session", params=["own"])
 def uid(request: pytest.FixtureRequest) -> int | None:
-    """The user that the process belongs to: the suite's, and an ordinary one where the suite is root's."""
+    """The user that the process belongs to: the suite's. tests/unprivileged runs this as another one."""
     return NOBODY if request.param == "nobody" else None
 
 
