@@ -210,9 +210,13 @@ class Gate:
     def _field(self, word: int, first: int, end: int) -> memoryview:
         return self._words[first * _WORDS + word : end * _WORDS : _WORDS]
 
+    def _run_of(self, page: int) -> Run:
+        """The run of a page of the extent."""
+        return next(run for run in self._runs if run.index <= page < run.index + run.count)
+
     def _late(self, page: int, access: str) -> GateTimeout:
         words = self._words[page * _WORDS : (page + 1) * _WORDS].tolist()
-        run = next(run for run in self._runs if run.index <= page < run.index + run.count)
+        run = self._run_of(page)
         offset = (run.linear + page - run.index) * PAGE_SIZE
         missing = "released" if words[_VALID] == self._generation else "VALID"
         return GateTimeout(
@@ -243,21 +247,21 @@ class KernelGate(Gate):
 
     def readable(self, offset: int, size: int) -> None:
         """Only the flags are looked at."""
-        for _ in self._spans(offset, size, SECINFO_R):
-            self._touch(offset, size)
+        for first, end in self._spans(offset, size, SECINFO_R):
+            self._touch(first, end)
 
     def writable(self, offset: int, size: int) -> None:
         """Only the flags are looked at. ``user_mode_only``: the release is waited for as without a kernel."""
-        if self._touches and not self._shadow:
-            super().writable(offset, size)
-        for _ in self._spans(offset, size, SECINFO_W):
-            self._touch(offset, size)
+        for first, end in self._spans(offset, size, SECINFO_W):
+            if self._touches and not self._shadow and self._run_of(first).locked:
+                self._wait(self._released, first, end, "write")
+            self._touch(first, end)
 
-    def _touch(self, offset: int, size: int) -> None:
-        if self._touches and size:
-            start = offset - self._base
-            begin = start - start % PAGE_SIZE
-            bytes(self._memory[begin : start + size : PAGE_SIZE])
+    def _touch(self, first: int, end: int) -> None:
+        run = self._run_of(first)
+        if self._touches and run.gated:
+            start = (run.linear + first - run.index) * PAGE_SIZE - self._base
+            bytes(self._memory[start : start + (end - first) * PAGE_SIZE : PAGE_SIZE])
 
 
 # Bits 63, 62 and 61 of a pagemap entry: present, swapped out, a page of a file or of shared memory.
