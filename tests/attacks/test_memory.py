@@ -440,6 +440,7 @@ RUNS: Final = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "kind"), RUNS)
 def test_it_works_where_nothing_enforces(
     cooperative: Runtime, images: Images, measuring: threading.Event, attack: Attack, kind: str
