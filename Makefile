@@ -28,9 +28,10 @@ test: $(VENV)/.test  ## the suite without what is slow (at most 4 minutes on two
 
 # What `make test` ran is not run again from the tree: the slow tests (with most of the mutations) and beside them, as
 # both wait a lot, the quick ones against an installed wheel; then the model's larger instances. At most 10 minutes.
+# A shell's background jobs ignore Ctrl-C, and so would what is tested.
 test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, larger models
 	mkdir -p build
-	$(MAKE) test-wheel >build/test-wheel.log 2>&1 & wheel=$$!; \
+	env --default-signal=INT,QUIT $(MAKE) test-wheel >build/test-wheel.log 2>&1 & wheel=$$!; \
 	$(PYTEST) -m "slow and not wheel"; slow=$$?; \
 	wait $$wheel; wheel=$$?; cat build/test-wheel.log; \
 	test $$slow -eq 0 -a $$wheel -eq 0
