@@ -268,10 +268,8 @@ class Broker:
             self._deny(call)
         elif family != theirs.family:
             self._listener.deny(call, errno.EAFNOSUPPORT)
-        elif not self._may_reach(theirs, address):
-            self._deny(call)
         else:
-            # On a thread of its own: it may take its time, and other calls are waiting.
+            # On a thread of its own: names are looked up and hosts answer when they do; other calls wait.
             thread = threading.Thread(target=self._reach, args=(call, key, theirs, address), daemon=True)
             with self._lock:
                 begun = len(self._connecting) < CONNECTING
@@ -294,8 +292,10 @@ class Broker:
         self, call: Notification, key: tuple[int, int], theirs: socket.socket, address: Address
     ) -> None:
         """Connect a socket that they have no part in, with an end to it, and put it where theirs is."""
-        error, blocking = errno.EINVAL, True
+        error, blocking = errno.EPERM, True
         try:
+            if not self._may_reach(theirs, address):
+                raise PermissionError(errno.EPERM, "the policy does not name it")
             blocking = os.get_blocking(theirs.fileno())
             with _like(theirs) as ours:  # ours is closed: the peer must see it when they close theirs
                 error = self._connect_ours(ours, address, wait=blocking)

@@ -94,8 +94,8 @@ class Gated:
         self._base = address - spec.first_linear * PAGE_SIZE
         self._tables = [_Table(epcm, spec, run) for run in self._runs]
         self._mapped = [np.zeros(run.count, np.bool_) for run in self._runs]
-        self._next = [0] * len(self._runs)  # where an access in order would come next,
-        self._window = [CHUNK] * len(self._runs)  # and how many pages are mapped for it
+        self._next = [(0, 0)] * len(self._runs)  # what was mapped last: an access in order is at either end,
+        self._window = [CHUNK] * len(self._runs)  # and how many pages were
         self._waits: list[_Wait] = []
         self._over = False  # lifted, poisoned or closed
 
@@ -211,13 +211,16 @@ class Gated:
         count = self._runs[number].count
         if count <= WHOLE:
             return 0, count
-        begin = at - at % CHUNK
-        if begin == self._next[number]:
-            self._window[number] = min(2 * self._window[number], AHEAD)
+        begin, window = at - at % CHUNK, self._window[number]
+        end = begin + CHUNK
+        forward, backward = begin == self._next[number][1], end == self._next[number][0]
+        self._window[number] = window = min(2 * window, AHEAD) if forward or backward else CHUNK
+        if backward:  # large copies of the C library go from the end to the beginning
+            begin = max(0, end - window)
         else:
-            self._window[number] = CHUNK
-        end = min(begin + self._window[number], count)
-        self._next[number] = end
+            end = begin + window
+        end = min(end, count)
+        self._next[number] = begin, end
         return begin, end
 
     def _map(self, number: int, begin: int, end: int) -> None:

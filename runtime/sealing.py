@@ -210,6 +210,23 @@ def _temporary_files_in(folder: str) -> None:
     tempfile = sys.modules.get("tempfile")
     if tempfile is not None:
         tempfile.tempdir = folder  # type: ignore[attr-defined]
+    sqlite = sys.modules.get("_sqlite3")
+    if sqlite is not None:
+        _sqlite_files_in(str(sqlite.__file__), folder)
+
+
+def _sqlite_files_in(module: str, folder: str) -> None:
+    """SQLite has read TMPDIR when the zygote imported it, and looks at a variable of its own first.
+
+    See sqlite3_temp_directory in its documentation: the text has to be of its own memory.
+    """
+    try:
+        library = ctypes.CDLL(module)
+        library.sqlite3_mprintf.restype = ctypes.c_void_p
+        text = library.sqlite3_mprintf(b"%s", os.fsencode(folder))
+        ctypes.c_void_p.in_dll(library, "sqlite3_temp_directory").value = text
+    except (OSError, AttributeError, ValueError):
+        return  # built in, or without such a variable: its files fail then, and say so
 
 
 class _Capabilities:

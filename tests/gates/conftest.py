@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from enturbo import EnclaveImage
 from enturbo.runtime.spec import WrlockMode
+from enturbo.workers.measure import Measurer
+
+WAIT = float(os.environ.get("ENTURBO_TEST_WAIT", "30"))  # seconds; a bound, never a measure
 
 # What handlers here begin with: an address of the enclave's memory, and accesses that ask nobody. ctypes
 # gives the GIL back, so a thread that sleeps in the kernel stops no other.
@@ -48,3 +53,17 @@ def wrlock(request: pytest.FixtureRequest) -> WrlockMode:
     """What a store to a page does that is not measured yet."""
     mode: WrlockMode = request.param
     return mode
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No thread of this process copies under a claim, or measures, before this is set."""
+    event, step = threading.Event(), Measurer.step
+
+    def wait(measurer: Measurer, *arguments: Any) -> Any:
+        assert event.wait(WAIT)
+        return step(measurer, *arguments)
+
+    monkeypatch.setattr(Measurer, "step", wait)
+    yield event
+    event.set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,15 +54,15 @@ def content() -> bytes:
 @pytest.fixture(autouse=True)
 def measured_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that begins when its enclave process is there, so that the two overlap for all of its time."""
-    attached: dict[int, threading.Event] = defaultdict(threading.Event)
+    attached: dict[int, threading.Event] = {}
     attach, open_launch = Guard.attach, Start.open
 
     def note(guard: Guard, process: EnclaveProcess) -> None:
         attach(guard, process)
-        attached[guard._spec.generation].set()
+        attached.setdefault(guard._spec.generation, threading.Event()).set()
 
     def wait(start: Start, measurers: int, copy_mode: int = COPY_BY_HOST) -> None:
-        assert attached[start.place.generation].wait(WAIT)
+        assert attached.setdefault(start.place.generation, threading.Event()).wait(WAIT)
         open_launch(start, measurers, copy_mode)
 
     monkeypatch.setattr(Guard, "attach", note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ import pytest
 
 from enturbo import Enclave, EnclaveImage, EnturboError, Runtime
 from enturbo.shm.layout import PAGE_SIZE
-from enturbo.workers.measure import Measurer
 
 WAIT = float(os.environ.get("ENTURBO_TEST_WAIT", "30"))  # seconds; a bound, never a measure
 GENUINE, STORED = 0x11, 0xEE
@@ -69,20 +69,6 @@ class Blocked:
 
     def byte(self) -> int:
         return self.runtime.memory.epc.pages(self.page, 1)[0]
-
-
-@pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The host itself measures nothing before this is set."""
-    event, step = threading.Event(), Measurer.step
-
-    def wait(measurer: Measurer, *arguments: Any) -> Any:
-        assert event.wait(WAIT)
-        return step(measurer, *arguments)
-
-    monkeypatch.setattr(Measurer, "step", wait)
-    yield event
-    event.set()
 
 
 @pytest.fixture
@@ -172,6 +158,7 @@ def test_a_dead_host(raw: Raw, tmp_path: Any, also: str) -> None:
     )
     assert host.stdout is not None
     processes: list[psutil.Process] = []
+    scratch = ""
     try:
         line = host.stdout.readline().split()
         fd, page, scratch, *pids = int(line[0]), int(line[1]), line[2], *map(int, line[3:])
@@ -209,3 +196,4 @@ def test_a_dead_host(raw: Raw, tmp_path: Any, also: str) -> None:
         for process in processes:
             if process.is_running():
                 process.kill()
+        shutil.rmtree(scratch or "/nowhere", ignore_errors=True)  # where the zygote did not come to that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,3 +138,22 @@ def test_private_copies_are_counted(shadowing: Runtime, function: Function) -> N
         before = sum(region.page_count for region in image.regions if not region.flags & 2)
         content = shadowing.memory.epc.pages(enclave._start.place.first_page + before, 70)
         assert bytes(content) == bytes(range(1, 11)) * (7 * PAGE_SIZE)
+
+
+def test_sqlite_makes_its_temporary_files_in_the_scratch_folder(function: Function) -> None:
+    """Once VERIFIED; it reads TMPDIR when it is loaded, which is before there is such a folder."""
+    image = function(
+        "import sqlite3\n"
+        "def handler(event, context):\n"
+        "    base = sqlite3.connect('')\n"
+        "    base.execute('pragma temp_store = 1')\n"
+        "    base.execute('pragma cache_size = 5')\n"
+        "    base.execute('create temp table t (a)')\n"
+        "    base.executemany('insert into t values (?)', ((bytes(900),) for _ in range(2000)))\n"
+        "    return base.execute('select count(*) from t').fetchone()[0]\n"
+    )
+    with Runtime(epc="8MiB", workers=0, require_enforcement=True) as runtime:
+        runtime._zygote.modules(WAIT)
+        time.sleep(0.5)  # it has preloaded sqlite3 by then
+        with runtime.launch(image, expected=image.measure()) as enclave:
+            assert enclave.call(None, timeout=WAIT) == 2000
