@@ -687,6 +687,7 @@ def test_a_process_that_dies_or_stops_while_it_copies_a_touched_row(
         child.wait(WAIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefer", PREFERENCES)
 @pytest.mark.parametrize("point", [*FILL_POINTS, *POINTS])
 @pytest.mark.parametrize("action", ["kill", "stop"])
@@ -727,6 +728,7 @@ def test_a_worker_that_dies_or_stops_with_rows_valid_ahead(
         assert path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefer", PREFERENCES)
 def test_touching_from_many_threads_while_workers_copy(make_image: Any, all_copy: Any, prefer: Any) -> None:
     """Three threads want pages all over the image from before it is open until it is VERIFIED."""
