@@ -38,7 +38,8 @@ test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, lar
 	$(MAKE) model-large
 
 test-wheel: $(VENV)/.test  ## build a wheel, install it, run the suite against it outside the tree
-	$(PYTEST) -m wheel --capture=no
+	@folder=$$(mktemp -d) || exit 1; \
+	$(PYTEST) -m wheel --capture=no --basetemp=$$folder/pytest; status=$$?; rm -rf $$folder; exit $$status
 
 # Needs a CPython that atheris has a wheel for, or clang. What it finds stays in build/fuzz, as do its inputs.
 FUZZ_SECONDS ?= 600

@@ -121,7 +121,9 @@ def _end_strays(folder: Path) -> None:
 
 def run_test(package: Path, test: str) -> subprocess.CompletedProcess[str]:
     """One test, on the copy."""
+    # Not pytest's numbered folders: sessions that tidy those up at the same time trip over each other.
     options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=45", "--tb=line"]
+    options.append(f"--basetemp={package.parent / 'pytest'}")
     return run(package, "-m", "pytest", *options, str(TESTS / test))
 
 
