@@ -1,8 +1,8 @@
-"""The file behind an image: what lets every process copy its pages, not the one alone that made it.
+"""The files behind an image: what lets every process copy its pages, not the one alone that made it.
 
 An image that was loaded has the file that it was loaded from. One that was built has a memfd, sealed: nobody,
 not even its maker, can change or shorten it any more, so workers may map it. An image of hand-made regions
-has none; the host copies it.
+has none; the host copies it. Besides, regions may stand in layers: files that several images share.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -26,37 +27,66 @@ SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fc
 class Backing:
     """A file that holds regions' contents, each from a page on, zero-padded to whole pages.
 
-    ``fd`` is open for reading; -1 when closed.
+    It closes with its last user at the latest.
     """
 
-    def __init__(self, fd: int, mapping: mmap.mmap | None = None) -> None:
-        """Takes the descriptor; ``mapping`` is closed with it if nobody has a view of it."""
-        self.fd = fd
-        self._mapping = mapping
+    def __init__(
+        self, fd: int, mapping: mmap.mmap | memoryview | None = None, digest: str | None = None
+    ) -> None:
+        """Takes the descriptor; ``mapping``, of all of it, is closed with it if nobody has a view of it.
+        ``digest``: what names it in a store."""
+        self.digest: Final = digest
+        self._fd, self._mapping = fd, mapping
+        # Not __del__: while that runs, a weak reference can still bring the object back, in another thread.
+        self._end = weakref.finalize(self, _close, fd, mapping)
+        self._end.atexit = False
+        self._lent: weakref.ref[Backing] | None = None
+
+    @property
+    def fd(self) -> int:
+        """Open for reading; -1 when closed."""
+        return self._fd if self._end.alive else -1
+
+    @property
+    def view(self) -> memoryview:
+        """All of a file that was mapped. Raises ValueError if it was not, or is closed."""
+        if self._mapping is None:
+            raise ValueError("this file is not mapped")
+        return memoryview(self._mapping)
+
+    def lend(self) -> Backing:
+        """The file on a descriptor of its own, which this one's :meth:`close` leaves open. All who borrow at
+        a time have the same one, and it closes with the last of them. Raises OSError."""
+        lent = None if self._lent is None else self._lent()
+        if lent is None:
+            # Two threads at once make two, which is as good.
+            lent = Backing(os.dup(self.fd))
+            self._lent = weakref.ref(lent)
+        return lent
 
     def close(self) -> None:
         """Close the file. The mapping goes with its last view. May be called again."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            with contextlib.suppress(BufferError):
-                mapping.close()
+        self._end()
 
-    def __del__(self) -> None:
-        self.close()
+
+def _close(fd: int, mapping: mmap.mmap | memoryview | None) -> None:
+    os.close(fd)
+    with contextlib.suppress(BufferError):
+        if isinstance(mapping, memoryview):
+            mapping.release()
+        elif mapping is not None:
+            mapping.close()
 
 
 def pack(regions: Sequence[Region]) -> tuple[list[Region], Backing | None]:
     """The same regions with their contents in one sealed memfd; as they were where there is nothing to pack.
 
-    Raises OSError where the kernel has no memfd.
+    What stands in a layer stays there. Raises OSError where the kernel has no memfd.
     """
     places: list[int | None] = []
     pages = 0
     for region in regions:
-        size = 0 if region.content is None else memoryview(region.content).nbytes
+        size = 0 if region.content is None or region.layer else memoryview(region.content).nbytes
         places.append(pages if size else None)
         pages += -(-size // PAGE_SIZE)
     if not pages:

@@ -9,11 +9,14 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .files import MOUNT, Files, name_of
 from .gate import Gate
+from .image_file import ImageFile
+from .libraries import MemoryFiles
 from .program import Program
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import ReadableBuffer
 
 
 class Memory:
@@ -56,72 +59,58 @@ class Memory:
         return self._offset + offset, size
 
 
-class _RawFile(io.RawIOBase):
-    """A file of the image: reading waits for the pages that are read, and for no others."""
-
-    def __init__(self, name: str, gate: Gate, offset: int, size: int) -> None:
-        super().__init__()
-        self.name = name
-        self.mode = "rb"
-        self._gate = gate
-        self._offset = offset
-        self._size = size
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}.get(whence)
-        if start is None or start + offset < 0:
-            raise ValueError(f"cannot seek to {offset} from {whence}")
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        with memoryview(buffer).cast("B") as target:
-            count = max(0, min(len(target), self._size - self._at))
-            target[:count] = self._gate.read_view(self._offset + self._at, count)
-        self._at += count
-        return count
-
-
 class Context:
-    """The second argument of ``handler(event, context)``."""
+    """The second argument of ``handler(event, context)``.
 
-    def __init__(self, program: Program, gate: Gate, ocall: Callable[[str, tuple[Any, ...]], Any]) -> None:
+    A file's name is its path in the function's folder, ``site-packages/…`` for one that a distribution
+    brought along, or the path of either beneath ``/enclave``.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        gate: Gate,
+        files: Files,
+        memory: MemoryFiles,
+        ocall: Callable[[str, tuple[Any, ...]], Any],
+    ) -> None:
         self._program = program
         self._gate = gate
+        self._files = files
+        self._memory = memory
         self._ocall = ocall
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the image's files."""
+        """The names of the files in the function's folder."""
         return tuple(self._program.files)
 
     def open(self, name: str) -> io.BufferedReader:
         """A binary file object on a file of the image. Raises FileNotFoundError, which lists the names."""
-        return io.BufferedReader(_RawFile(name, self._gate, *self._extent(name)), 1 << 16)
+        name = self._known(name)
+        return io.BufferedReader(ImageFile(name, name, self._files, self._memory), 1 << 16)
 
     def view(self, name: str) -> memoryview:
         """A read-only view of a whole file without a copy, once all of it may be read."""
-        return self._gate.read_view(*self._extent(name))
+        return self._gate.read_view(*self._files.extents[self._known(name)])
+
+    def path(self, name: str) -> str:
+        """A path by which C code can open a file of the image, which no path of the system leads to.
+
+        It names a read-only copy in memory, made at the first call (below /proc/self/fd, so what goes by a
+        file's ending has to be told otherwise), and is good until the enclave ends.
+        """
+        return self._memory.path(self._known(name))
 
     @property
     def data(self) -> Memory:
         """The image's measured writable region. Raises LookupError if it has none."""
-        return self._memory("data", self._program.data)
+        return self._region("data", self._program.data)
 
     @property
     def heap(self) -> Memory:
         """Zeroed memory in the EPC. Raises LookupError if the image has none."""
-        return self._memory("heap", self._program.heap)
+        return self._region("heap", self._program.heap)
 
     def ocall(self, name: str, *args: Any) -> Any:
         """Call a function that the host registered, and wait for its answer.
@@ -131,15 +120,16 @@ class Context:
         """
         return self._ocall(name, args)
 
-    def _extent(self, name: str) -> tuple[int, int]:
-        extent = self._program.files.get(name)
-        if extent is None:
+    def _known(self, name: str) -> str:
+        if name.startswith(MOUNT):
+            name = name_of(name) or name
+        if name not in self._files.extents:
             known = sorted(self._program.files)
             listed = ", ".join(known[:20]) + (f", … ({len(known)} files)" if len(known) > 20 else "")
             raise FileNotFoundError(f"the enclave carries no file {name!r}; it has: {listed or 'none'}")
-        return extent
+        return name
 
-    def _memory(self, name: str, extent: tuple[int, int] | None) -> Memory:
+    def _region(self, name: str, extent: tuple[int, int] | None) -> Memory:
         if extent is None:
             raise LookupError(f"the image has no {name} region")
         return Memory(name, self._gate, *extent)

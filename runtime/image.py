@@ -14,7 +14,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ..shm.errors import ImageFormatError
-from . import program as manifests
+from .labels import program_of
 from .measurement import DEFAULT_BLOCK, DEFAULT_DOMAINS, Measurement
 from .measuring import MeasureJob, measure_images
 from .program import Program
@@ -23,6 +23,7 @@ from .region import MAX_PAGES, Buffer, Region
 if TYPE_CHECKING:
     from .backing import Backing
     from .sigstruct import Sigstruct
+    from .store import Store
 
 __all__ = ["Buffer", "EnclaveImage", "Region"]
 
@@ -39,7 +40,7 @@ class EnclaveImage:
         ssa_frame_size: SECS.SSAFRAMESIZE, pages.
         dynamic: zero regions that EAUG brings after EINIT's record stream (SGXv2); never measured.
         sigstructs: those that the file carried.
-        backing: the file that holds the regions' contents, where there is one.
+        backing: the file that holds the contents of the regions without a layer, where there is one.
         details: what the file's format says besides, for ``enturbo inspect``: plain values by name.
         variants: other images that the same file describes, for other loaders, with sigstructs of their own.
 
@@ -81,8 +82,14 @@ class EnclaveImage:
         handler: str = "handler:handler",
         files: Mapping[str, PathLike | bytes] | None = None,
         exclude: Sequence[str] = (),
+        requirements: Iterable[str] = (),
+        site: Sequence[PathLike] | None = None,
+        store: Store | None = None,
+        bytecode: bool = False,
     ) -> EnclaveImage:
-        """The image of a function: a folder of modules and data files. Equal folders give equal images.
+        """The image of a function: a folder of modules and data files, and what it requires.
+
+        The same folder and the same distributions give the same image, on any machine.
 
         Args:
             folder: every ``.py`` file becomes a module (folders are packages), every file can be opened by
@@ -92,30 +99,56 @@ class EnclaveImage:
             data: what the measured writable region holds: bytes, a file's content, or so many zero bytes.
             handler: ``"module:function"``.
             files: more read-only files, by name: a path or the bytes themselves.
-            exclude: patterns as of ``fnmatch``, matched against a file's path in the folder and its name.
+            exclude: patterns as of ``fnmatch``, matched against a file's path in the folder and its name, and
+                likewise for files of distributions, below site-packages.
+            requirements: installed distributions that come along, and what they require in turn, as pip names
+                them: ``["Pillow", "requests>=2.31"]``. They are found as they are installed; nothing is
+                downloaded.
+            site: folders where distributions are looked for; None: where this interpreter looks.
+            store: where distributions are kept as pages, once for all images; None: the user's own
+                (``Store.default()``). It is left alone where it cannot be used.
+            bytecode: carry every module compiled, too. Imports are then faster, and the image depends on the
+                exact version of the interpreter that builds it.
 
-        Raises ImageFormatError (no such handler module, a link that leads out of the folder, …) and OSError.
+        Raises ImageFormatError (no such handler module, a link that leads out of the folder, a distribution
+        that is not installed or needs a library that no wheel brings, …) and OSError.
         """
         from .function import build_image
 
-        return build_image(folder, heap=heap, data=data, handler=handler, files=files or {}, exclude=exclude)
+        return build_image(
+            folder,
+            heap=heap,
+            data=data,
+            handler=handler,
+            files=files or {},
+            exclude=exclude,
+            requirements=requirements,
+            site=site,
+            store=store,
+            with_bytecode=bytecode,
+        )
 
     @classmethod
-    def load(cls, path: PathLike) -> EnclaveImage:
+    def load(cls, path: PathLike, *, store: Store | None = None) -> EnclaveImage:
         """Read an enclave file of any known format, told by its content.
 
         The file is mapped, not read; it must not be changed in place while the image is used
-        (:meth:`save` replaces a file and never does that). Raises ImageFormatError and OSError.
+        (:meth:`save` replaces a file and never does that). ``store``: where layers are that the file names;
+        None: the user's own (``Store.default()``). Raises ImageFormatError (no such layer, …) and OSError.
         """
         from .formats import load
 
-        return load(path)
+        return load(path, store)
 
-    def save(self, path: PathLike) -> None:
-        """Write an ``.enclave`` file; a file of that name is replaced atomically. Raises OSError."""
+    def save(self, path: PathLike, *, store: Store | None = None) -> None:
+        """Write an ``.enclave`` file; a file of that name is replaced atomically.
+
+        Without a ``store`` everything stands in the file. With one the file names the layers that the image
+        has from a store, and they are put into this one, where they are not. Raises OSError.
+        """
         from .formats.enclave_file import save
 
-        save(self, path)
+        save(self, path, store)
 
     def as_edmm(self) -> EnclaveImage:
         """The same image for SGXv2: its heap comes by EAUG instead of EADD.
@@ -180,12 +213,8 @@ class EnclaveImage:
         Raises ImageFormatError if it is damaged. Nothing may be concluded from it before the image has been
         measured: an attacker writes what he likes here.
         """
-        if self._program is None and self.regions and self.regions[0].offset == 0:
-            content = self.regions[0].content
-            if content is not None:
-                head = memoryview(content).cast("B")
-                if bytes(head[: len(manifests.MAGIC)]) == manifests.MAGIC:
-                    self._program = manifests.decode(head)
+        if self._program is None:
+            self._program = program_of(self.regions)
         return self._program
 
     @property
@@ -202,13 +231,14 @@ class EnclaveImage:
     def close(self) -> None:
         """Close the file behind the image, if any. Its ``as_edmm()`` cannot be used either then.
 
-        Not before its launches are MEASURED: they read it. Without this it is closed with the image.
+        Not before its launches are MEASURED: they read it. Without this it is closed with the image. Layers
+        stay open: other images have them, too, and they close with the last one.
         """
         backing, self.backing = self.backing, None
         if backing is None:
             return
         for region in self.regions:
-            if isinstance(region.content, memoryview):
+            if region.layer is None and isinstance(region.content, memoryview):
                 with contextlib.suppress(
                     BufferError
                 ):  # someone reads it: the mapping goes with the last view

@@ -1,9 +1,16 @@
 """What an enclave may import: modules in its own measured pages, then the listed standard library.
 
-In an enclave, ``sys.meta_path`` is exactly BuiltinImporter, FrozenImporter, :class:`EPCFinder`,
-:class:`BaseFinder`, and the search path, its hooks and its cache are empty: no folder, no .pth hook and no
-finder of the embedding process decides what runs. A name that the image carries is the image's, as in a
-script's own folder, even if the base had been imported before. Standard library only.
+In an enclave ``sys.path`` holds the image's own folders (:mod:`enturbo.runtime.files`), the only path hook is
+:class:`ImageFolder`, and ``sys.meta_path`` is exactly::
+
+    BuiltinImporter, FrozenImporter    the interpreter's own
+    ImageFinder                        modules and packages in the image's folders
+    BaseFinder                         the standard library, as listed
+    PathFinder                         what is left: folders of the image that are namespace packages
+
+No folder of the host, no .pth hook and no finder of the embedding process decides what runs. A name that the
+image carries is the image's, as in a script's own folder, even if the base had been imported before. Standard
+library and msgpack only.
 """
 
 from __future__ import annotations
@@ -12,95 +19,147 @@ import fnmatch
 import importlib.abc
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import (
     EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
     BuiltinImporter,
     ExtensionFileLoader,
     FrozenImporter,
     ModuleSpec,
+    PathFinder,
     SourceFileLoader,
 )
 from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
-from typing import Any, Final
+from typing import Any
 
-from .program import Program
-
-ORIGIN: Final = "epc:/"  # what __file__ begins with; never a path of the host
+from . import bytecode
+from .files import MOUNT, SITE, SITE_MOUNT, Files, name_of
+from .libraries import Libraries
 
 _Path = Sequence[str] | None
 
 
-class EPCFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of a program manifest. ``read(offset, size)`` returns bytes through the gate."""
+class ImageLoader(SourceFileLoader):
+    """Runs a module from its source in EPC pages. ``get_source`` serves tracebacks, ``get_data`` pkgutil.
 
-    def __init__(self, program: Program, read: Callable[[int, int], bytes]) -> None:
-        self._program = program
-        self._read = read
+    The resource reader that it inherits goes by paths, which lead into the image: see
+    :mod:`enturbo.runtime.mount`.
+    """
 
-    def find_spec(self, fullname: str, path: _Path, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The module's spec, or None if the image carries no such module."""
-        entry = self._program.modules.get(fullname)
-        if entry is None:
-            return None
-        file, is_package = entry
-        spec = ModuleSpec(fullname, EPCLoader(self, fullname), origin=ORIGIN + file, is_package=is_package)
-        spec.has_location = True
-        if is_package:
-            spec.submodule_search_locations = [ORIGIN + file.rpartition("/")[0]]
-        return spec
-
-    def file_of(self, fullname: str) -> str:
-        """Name of the module's file. Raises ImportError."""
-        entry = self._program.modules.get(fullname)
-        if entry is None:
-            raise ImportError(f"the enclave carries no module {fullname}", name=fullname)
-        return entry[0]
-
-    def is_package(self, fullname: str) -> bool:
-        """Is the module a package? Raises ImportError."""
-        self.file_of(fullname)
-        return self._program.modules[fullname][1]
-
-    def contents(self, file: str) -> bytes:
-        """The bytes of a file of the image, waiting for their pages. Raises FileNotFoundError."""
-        extent = self._program.files.get(file)
-        if extent is None:
-            raise FileNotFoundError(f"the enclave carries no file {file!r}")
-        return self._read(*extent)
-
-
-class EPCLoader(importlib.abc.InspectLoader):
-    """Runs a module from its source in EPC pages. ``get_source`` serves tracebacks, ``get_data`` pkgutil."""
-
-    def __init__(self, finder: EPCFinder, fullname: str) -> None:
-        self._finder = finder
-        self._name = fullname
-
-    def is_package(self, fullname: str) -> bool:
-        """Is the module a package?"""
-        return self._finder.is_package(fullname)
-
-    def get_filename(self, fullname: str) -> str:
-        """What the module's ``__file__`` says."""
-        return ORIGIN + self._finder.file_of(fullname)
+    def __init__(self, fullname: str, path: str, files: Files) -> None:
+        super().__init__(fullname, path)
+        self._files = files
 
     def get_data(self, path: str) -> bytes:
-        """The bytes of the file that ``path`` names, an ORIGIN path. Raises OSError."""
-        if not path.startswith(ORIGIN):
+        """The bytes of the image's file at ``path``. Raises FileNotFoundError."""
+        name = name_of(path)
+        if name is None:
             raise FileNotFoundError(f"not a file of the enclave: {path!r}")
-        return self._finder.contents(path[len(ORIGIN) :])
+        return self._files.read(name)
 
     def get_source(self, fullname: str) -> str:
         """The module's source text."""
-        return decode_source(self._finder.contents(self._finder.file_of(fullname)))
+        return decode_source(self.get_data(self.get_filename(fullname)))
 
     def get_code(self, fullname: str) -> CodeType:
-        """The module's code, compiled from the bytes in the EPC; no cached bytecode is ever looked for."""
-        file = self._finder.file_of(fullname)
-        code: CodeType = compile(self._finder.contents(file), ORIGIN + file, "exec", dont_inherit=True)
+        """The module's code: compiled when the image was built, or now, from its source in the EPC."""
+        path = self.get_filename(fullname)
+        name = name_of(path)
+        extent = None if name is None else self._files.extents.get(bytecode.cache_name(name))
+        code = None if extent is None else bytecode.load(self._files.read_at(*extent))
+        if code is None:
+            code = compile(self.get_data(path), path, "exec", dont_inherit=True)
         return code
+
+
+class ImageExtensionLoader(ExtensionFileLoader):
+    """Loads an extension module from a memory file that was filled from EPC pages, after what it needs."""
+
+    def __init__(self, fullname: str, path: str, libraries: Libraries) -> None:
+        super().__init__(fullname, path)
+        self._libraries = libraries
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """See :class:`importlib.abc.Loader`. Raises ImportError."""
+        name = name_of(self.path)
+        assert name is not None  # the path is the image's: ImageFolder gave it
+        with self._libraries.opened(name) as path:
+            # The dynamic loader is told the memory file; everyone else sees where the image has the module.
+            return super().create_module(ModuleSpec(spec.name, self, origin=path))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See :class:`importlib.abc.Loader`."""
+        module.__file__ = self.path
+        super().exec_module(module)
+
+
+class ImageFolder:
+    """The finder of one folder of the image: what ``sys.path_hooks`` gives for its path."""
+
+    def __init__(self, files: Files, libraries: Libraries, path: str) -> None:
+        """Raises ImportError for a path that is not the image's."""
+        name = name_of(path)
+        if name is None:
+            raise ImportError(f"only what the enclave carries can be imported, not what is in {path!r}")
+        self.path = path
+        self._files, self._libraries = files, libraries
+        self._prefix = f"{name}/" if name else ""
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        """A package before a module, an extension before a source, as the interpreter's own finder has it."""
+        tail = fullname.rpartition(".")[2]
+        found = self._load(fullname, tail + "/__init__") or self._load(fullname, tail)
+        if found is None and self._files.is_folder(self._prefix + tail):
+            found = ModuleSpec(fullname, None, is_package=True)
+            found.submodule_search_locations = [f"{self.path}/{tail}"]
+        return found
+
+    def _load(self, fullname: str, stem: str) -> ModuleSpec | None:
+        extents, base = self._files.extents, self._prefix + stem
+        locations = [f"{self.path}/{stem[: -len('/__init__')]}"] if stem.endswith("/__init__") else None
+        for suffix in EXTENSION_SUFFIXES:
+            if base + suffix in extents:
+                path = f"{self.path}/{stem}{suffix}"
+                extension = ImageExtensionLoader(fullname, path, self._libraries)
+                return _spec(fullname, path, extension, locations)
+        for suffix in SOURCE_SUFFIXES:
+            if base + suffix in extents:
+                path = f"{self.path}/{stem}{suffix}"
+                return _spec(fullname, path, ImageLoader(fullname, path, self._files), locations)
+        return None
+
+    def iter_modules(self, prefix: str = "") -> Iterator[tuple[str, bool]]:
+        """Names and kinds (is it a package?) of what the folder holds, for pkgutil."""
+        names = self._files.folders.get(self._prefix.rstrip("/"), {})
+        seen = {"__init__"}
+        for name in names:
+            module, dot, rest = name.partition(".")
+            is_package = self._files.is_folder(self._prefix + name)
+            if module in seen or not module.isidentifier():
+                continue
+            if (is_package and self._load(module, f"{name}/__init__")) or (
+                not is_package and dot and dot + rest in (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES)
+            ):
+                seen.add(module)
+                yield prefix + module, is_package
+
+    def invalidate_caches(self) -> None:
+        """An image does not change."""
+
+
+def _spec(fullname: str, path: str, loader: Any, locations: list[str] | None) -> ModuleSpec | None:
+    return spec_from_file_location(fullname, path, loader=loader, submodule_search_locations=locations)
+
+
+class ImageFinder(importlib.abc.MetaPathFinder):
+    """What stands in the image's folders, but for folders that are namespace packages: those come last."""
+
+    def find_spec(self, fullname: str, path: _Path, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The module's spec, or None if the image carries no such module."""
+        spec = PathFinder.find_spec(fullname, path, target)
+        return None if spec is None or spec.loader is None else spec
 
 
 class BaseFinder(importlib.abc.MetaPathFinder):
@@ -164,10 +223,10 @@ def base_finder() -> BaseFinder:
     return BaseFinder(base_names(), stdlib, dynload)
 
 
-def install(*finders: EPCFinder | BaseFinder) -> None:
-    """From now on only what is built in, and what ``finders`` find, can be imported in this process."""
+def confine(base: BaseFinder) -> None:
+    """From now on only what is built in, and the base, can be imported in this process."""
     first: list[Any] = [BuiltinImporter, FrozenImporter]
-    sys.meta_path[:] = [*first, *finders]
+    sys.meta_path[:] = [*first, base]
     sys.path[:] = []
     sys.path_hooks[:] = []
     sys.path_importer_cache.clear()
@@ -175,10 +234,28 @@ def install(*finders: EPCFinder | BaseFinder) -> None:
     sys.dont_write_bytecode = True
 
 
-def forget_carried(program: Program) -> None:
+def install(files: Files, libraries: Libraries, base: BaseFinder) -> None:
+    """From now on what the image carries, too."""
+    confine(base)
+    sys.meta_path[2:] = [ImageFinder(), base, PathFinder]
+    sys.path[:] = [MOUNT, SITE_MOUNT] if files.is_folder(SITE) else [MOUNT]
+    sys.path_hooks[:] = [lambda path: ImageFolder(files, libraries, path)]
+
+
+def forget_carried(files: Files) -> None:
     """Drop what the base imported under names that the image carries: the next import finds the image's."""
-    carried = {name.partition(".")[0] for name in program.modules} - {"__main__"}
     for name in list(sys.modules):
         top = name.partition(".")[0]
-        if top in carried and top not in sys.builtin_module_names and FrozenImporter.find_spec(top) is None:
+        if top == "__main__" or top in sys.builtin_module_names or FrozenImporter.find_spec(top) is not None:
+            continue
+        if carries(files, top):
             del sys.modules[name]
+
+
+def carries(files: Files, top: str) -> bool:
+    """Has the image a module or package of that name in one of its two folders?"""
+    for folder in ("", f"{SITE}/"):
+        for stem in (f"{folder}{top}/__init__", f"{folder}{top}"):
+            if any(stem + suffix in files.extents for suffix in (*SOURCE_SUFFIXES, *EXTENSION_SUFFIXES)):
+                return True
+    return False

@@ -35,11 +35,15 @@ from ..shm.errors import EnturboError, GateTimeout
 from ..shm.layout import PAGE_SIZE
 from ..shm.uffd import MODE_MINOR, MODE_MISSING, MODE_WP, Userfaultfd
 from .context import Context
+from .files import MOUNT, Files
 from .gate import Gate, KernelGate, Mapped, map_enclave
-from .importer import ORIGIN, BaseFinder, EPCFinder, forget_carried, install
+from .importer import BaseFinder, forget_carried, install
+from .libraries import Libraries, MemoryFiles
 from .mailbox import Mailbox
+from .manifests import HEADER
 from .messages import MAX_FRAME, MessageError, Stream, StreamClosed
-from .program import HEADER, Program, decode, peek_length, split_handler
+from .mount import Mount
+from .program import decode, peek_length, split_handler
 from .sealing import Base
 from .sealing import seal as seal_process
 from .spec import EnclaveSpec, SealSpec
@@ -191,7 +195,7 @@ class _Enclave:
         self._pid = os.getpid()
         self._handler: Callable[[Any, Context], Any] | None = None
         self._context: Context | None = None
-        self._program: Program | None = None
+        self._entry = ("", "")  # module and function of the handler
         self._ocalls = 0
         self._counting = threading.Lock()
 
@@ -235,20 +239,21 @@ class _Enclave:
 
     def _load(self) -> tuple[Callable[[Any, Context], Any], Context]:
         """Manifest, importer and handler, at the first call; what failed is tried again at the next."""
-        if self._program is None:
-            header = self._gate.read_view(0, HEADER.size)
-            self._program = decode(self._gate.read_view(0, peek_length(header)))
-            install(EPCFinder(self._program, self._read), self._base)
-            forget_carried(self._program)
         if self._context is None:
-            self._context = Context(self._program, self._gate, self._ocall)
+            read = self._gate.read_view
+            program = decode(read(0, peek_length(read(0, HEADER.size))))
+            files = Files(program, read)
+            memory = MemoryFiles(files)
+            libraries = Libraries(files, memory)
+            install(files, libraries, self._base)
+            Mount(files, memory, libraries).install()
+            forget_carried(files)
+            self._entry = split_handler(program.handler)
+            self._context = Context(program, self._gate, files, memory, self._ocall)
         if self._handler is None:
-            module, function = split_handler(self._program.handler)
+            module, function = self._entry
             self._handler = getattr(importlib.import_module(module), function)
         return self._handler, self._context
-
-    def _read(self, offset: int, size: int) -> bytes:
-        return bytes(self._gate.read_view(offset, size))
 
     def _ocall(self, name: str, args: tuple[Any, ...]) -> Any:
         with self._counting:
@@ -280,7 +285,7 @@ def _describe(error: BaseException, kind: str | None) -> dict[str, str]:
     if isinstance(module, str) and module not in ("builtins", "__main__"):
         name = f"{module}.{name}"
     first = error.__traceback__
-    while first is not None and not first.tb_frame.f_code.co_filename.startswith(ORIGIN):
+    while first is not None and not first.tb_frame.f_code.co_filename.startswith(MOUNT):
         first = first.tb_next  # how we came to the image's code says nothing to its author
     return {
         "kind": kind or ("gate" if isinstance(error, GateTimeout) else "raise"),

@@ -15,6 +15,7 @@ from ..shm.errors import SignatureError
 from ..shm.layout import ALL_CHUNKS, PAGE_SIZE, Record
 from . import rsa3
 from .attributes import ENTURBO_BITS
+from .labels import distribution_facts
 from .region import EXECUTE, READ, TYPE_REG, TYPE_TCS, WRITE
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def image_facts(image: EnclaveImage, sigstruct: Sigstruct | None = None) -> dict
         "regions": [region_facts(region) for region in image.regions],
         "dynamic": [region_facts(region) for region in image.dynamic],
         "tcs": [facts for region in image.regions for facts in tcs_facts(region)],
+        "distributions": distribution_facts(image.regions),
         "details": dict(image.details),
         "sigstruct": None if own is None else sigstruct_facts(own),
     }

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ..shm.errors import ImageFormatError
 from ..shm.layout import ALL_CHUNKS, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from .backing import Backing
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -59,8 +62,10 @@ class Region:
         content: the bytes, zero-padded up to the last page; None: see ``fill``.
         fill: a u32 repeated over all pages when there is no content; 0: zero pages.
         measured: True: all of each page; False: none; an int: its bit i stands for chunk i (256 bytes).
-        file_page: where the content stands in the file behind the image, in pages; None: in this process's
-            memory alone. No part of what the region is.
+        file_page: where the content stands in its file, in pages; None: in this process's memory alone. No
+            part of what the region is.
+        layer: the file that holds the content where that is not the image's own. Images share layers, and
+            nobody closes one: it goes with its last user. No part of what the region is.
         label: where it comes from, for people: a segment, a layout entry. No part of what the region is.
 
     Raises ImageFormatError for what cannot be added.
@@ -73,6 +78,7 @@ class Region:
     fill: int = 0
     measured: bool | int = True
     file_page: int | None = field(default=None, compare=False, repr=False)
+    layer: Backing | None = field(default=None, compare=False, repr=False)
     label: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:

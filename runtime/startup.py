@@ -19,7 +19,6 @@ trusted.
 from __future__ import annotations
 
 import hmac
-import os
 import threading
 import time
 from bisect import bisect_right
@@ -46,7 +45,7 @@ from ..shm.layout import (
     COPY_FIRST,
     COPY_FUSED,
     FAULT_SOURCE,
-    NO_SOURCE,
+    MAX_SOURCE_FD,
     PAGE_SIZE,
     SCHEME_ENTURBO,
     SCHEME_SGX,
@@ -62,6 +61,7 @@ from .region import Region
 from .touching import Toucher
 
 if TYPE_CHECKING:
+    from .backing import Backing
     from .host import Runtime
     from .image import EnclaveImage
     from .trace import Timeline
@@ -111,14 +111,15 @@ class Start:
         self.changed = threading.Event()  # set by the pool: news, a death
         self._cancelled = threading.Event()
         self._deaths_before = host.pool_deaths
+        # Ours: entries name them to workers, and the image may be closed meanwhile.
+        self._backing = image.backing
+        self._sources = {file: file.lend() for file in map(self._file_of, image.regions) if file is not None}
         self._claims = Claims(host.memory.control_segment.fd)
         self._measurer = Measurer(
             host.memory, self._claims, host.hasher, on_span=self._on_span, locks=host.locks
         )
         self.page_count = image.page_count
         self.shared = False  # workers may have claimed something
-        # Ours: launches name it to workers, and the image may be closed meanwhile.
-        self._source_fd = -1 if image.backing is None else os.dup(image.backing.fd)
         self.on_copied: Callable[[], None] = lambda: None
         self._wanted: deque[int] = deque(maxlen=WANTED)  # pages; any thread appends, who copies takes
         self._front = 0  # all pages below are copied
@@ -140,17 +141,24 @@ class Start:
             size=self.image.size,
             ssa_frame_size=self.image.ssa_frame_size,
             copy_mode=COPY_BY_HOST,
-            source_fd=self._source_fd if self._source_fd >= 0 else NO_SOURCE,
         )
 
     @property
     def is_readable(self) -> bool:
-        """Whether any process can copy the image: from its file, or because there are no bytes to copy."""
-        has_file = self._source_fd >= 0 and self.host.workers_see_files
+        """Whether any process can copy the image: from its files, or because there are no bytes to copy."""
         return all(
-            region.content is None or (region.file_page is not None and has_file)
-            for region in self.image.regions
+            region.content is None or self._is_seen(self._file_of(region)) for region in self.image.regions
         )
+
+    def _is_seen(self, file: Backing | None) -> bool:
+        source = None if file is None else self._sources.get(file)
+        return source is not None and source.fd <= MAX_SOURCE_FD and self.host.workers_see_files
+
+    def _file_of(self, region: Region) -> Backing | None:
+        """The file that holds the region's content; None: no content, or in this process's memory alone."""
+        if region.content is None or region.file_page is None:
+            return None
+        return self._backing if region.layer is None else region.layer
 
     def open(self, measurers: int, copy_mode: int = COPY_BY_HOST) -> None:
         """Describe all pages in the EPCM, then make the launch exist; workers below ``measurers`` may claim.
@@ -190,11 +198,13 @@ class Start:
             self._claims.give_range(place.slot)
 
     def _describe_source(self, index: int, region: Region) -> None:
-        epcm = self.host.memory.epcm
-        if region.content is not None and region.file_page is not None:
+        epcm, file = self.host.memory.epcm, self._file_of(region)
+        if file is not None:
+            assert region.content is not None
+            assert region.file_page is not None
             with memoryview(region.content) as content:
                 pages = -(-content.nbytes // PAGE_SIZE)
-            epcm.set_file_source(index, pages, region.file_page)
+            epcm.set_file_source(index, pages, self._sources[file].fd, region.file_page)
         elif region.fill:
             epcm.set_fill_source(index, region.page_count, region.fill)
 
@@ -344,7 +354,7 @@ class Start:
         if outcome is Outcome.FAULT or int(table.fault[place.slot]) == place.generation:
             if int(table.fault_reason[place.slot]) == FAULT_SOURCE:
                 raise ImageFormatError(
-                    "the image's file",
+                    "the image's file or one of its layers",
                     expected=f"{self.page_count} pages to copy",
                     found="less, or it cannot be read: it was changed after it was loaded",
                 )
@@ -418,17 +428,16 @@ class Start:
     def close(self) -> None:
         """Give this thread's claims and views back.
 
-        Nobody copies from the image's file any more: all pages are VALID, or the claim range was taken.
+        Nobody copies from the image's files any more: all pages are VALID, or the claim range was taken.
         """
         self._measurer.forget()
         self._claims.close()
         self.forget()
 
     def forget(self) -> None:
-        """Close the descriptor of the image's file; all that is to be done in a forked child of the host."""
-        fd, self._source_fd = self._source_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close the descriptors of the image's files; all that is to be done in a forked child of the host,
+        too."""
+        self._sources.clear()
 
 
 def group_of(launch: Launch) -> int:

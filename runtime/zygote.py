@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..shm import libc
-from .importer import BaseFinder, base_finder, install
+from .importer import BaseFinder, base_finder, confine
 from .inside import GIFT, Descriptors, Sealing, close_all_but, enclave_main
 from .messages import MessageError, Stream
 from .sealing import Base, hide_arguments
@@ -126,7 +126,7 @@ class _Zygote:
             return  # an interpreter built without it; whoever needs it is told at their own import
         if not self._preload:
             # Enclaves do this for themselves too; done here it costs none of them the time.
-            install(self._base)
+            confine(self._base)
             gc.collect()
             gc.freeze()
 

@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .dtypes import EPCM_DTYPE
-from .layout import EPCM_ENTRY, SOURCE_FILE, SOURCE_FILL
+from .layout import (
+    EPCM_ENTRY,
+    MAX_SOURCE_FD,
+    MAX_SOURCE_PAGE,
+    SOURCE_FD_SHIFT,
+    SOURCE_FILE,
+    SOURCE_FILL,
+)
 
 U32Array = np.ndarray[Any, np.dtype[np.uint32]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -74,10 +81,14 @@ class Epcm:
         hash_dom[:whole].reshape(-1, domains, block)[:] = numbers[None, :, None]
         hash_dom[whole:] = np.repeat(numbers, block)[: count - whole]
 
-    def set_file_source(self, first: int, count: int, file_page: int) -> None:
-        """Host, before the launch is opened: the bytes of ``count`` pages stand in the image's file from
-        page ``file_page`` on."""
-        begin = SOURCE_FILE | file_page
+    def set_file_source(self, first: int, count: int, fd: int, file_page: int) -> None:
+        """Host, before the launch is opened: the bytes of ``count`` pages stand in the file that is its
+        descriptor ``fd``, from page ``file_page`` on. Raises ValueError for what an entry cannot hold."""
+        if not 0 <= fd <= MAX_SOURCE_FD:
+            raise ValueError(f"descriptor {fd}: expected 0..{MAX_SOURCE_FD}")
+        if not 0 <= file_page <= MAX_SOURCE_PAGE + 1 - count:
+            raise ValueError(f"{count} pages from {file_page} on: expected 0..{MAX_SOURCE_PAGE}")
+        begin = SOURCE_FILE | fd << SOURCE_FD_SHIFT | file_page
         self._source[first : first + count] = np.arange(begin, begin + count, dtype=np.uint64)
 
     def set_fill_source(self, first: int, count: int, word: int) -> None:

@@ -30,7 +30,6 @@ from .layout import (
     LAUNCH_SLOT_SIZE,
     MAX_DOMAINS,
     MAX_PAIRS,
-    NO_SOURCE,
     PAGE_SIZE,
     SMC_PROGRESS,
     SMC_PROGRESS_AT,
@@ -57,7 +56,6 @@ class Launch(NamedTuple):
     size: int
     ssa_frame_size: int
     copy_mode: int
-    source_fd: int = NO_SOURCE  # the host's descriptor of the image's file
     group: int = 1  # pairs that one claim covers; a power of two
 
     @property

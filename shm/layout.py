@@ -71,8 +71,11 @@ EPCM_ENTRY = Record(
         ("source", "Q", 24),  # see SOURCE_FILE and SOURCE_FILL
     ),
 )
-# A page's source: 0 (it stays zero), a page of the image's file, or a u32 to repeat.
-SOURCE_FILE: Final = 1 << 62  # | page number in the file
+# A page's source: 0 (it stays zero), a page of a file, or a u32 to repeat.
+SOURCE_FILE: Final = 1 << 62  # | the host's descriptor of the file << SOURCE_FD_SHIFT | page number in it
+SOURCE_FD_SHIFT: Final = 40
+MAX_SOURCE_FD: Final = (1 << 22) - 1
+MAX_SOURCE_PAGE: Final = (1 << SOURCE_FD_SHIFT) - 2  # so the last one and the next file's page 0 are no run
 SOURCE_FILL: Final = 1 << 63  # | the u32
 
 SMC_SIZE: Final = 4096
@@ -133,7 +136,6 @@ LAUNCH = Record(
         ("size", "Q", 32),  # SECS.SIZE, bytes
         ("ssa_frame_size", "I", 40),  # pages
         ("copy_mode", "I", 44),  # who copies, and when; never changes within a launch
-        ("source_fd", "I", 48),  # the host's descriptor of the image's file, or NO_SOURCE
         # Written by the host while the launch is open.
         ("measurers", "I", 52),  # workers with a slot below this may claim
         ("copy_aborted", "I", 56),  # = generation: the copy failed, wait for nothing
@@ -152,10 +154,9 @@ COPY_BY_HOST: Final = 0  # the host, in ascending order but for pages that someb
 COPY_FIRST: Final = 1  # holders of claims: everything is copied before it is measured
 COPY_FUSED: Final = 2  # holders of claims: each stripe directly before it is hashed
 SCRUB: Final = 3  # no launch: the pages of one that has ended are zeroed by holders of claims
-NO_SOURCE: Final = 0xFFFFFFFF
 HOST_WORKER: Final = 0xFFFFFFFF
 FAULT_SMC: Final = 1  # a result covers less than what was released
-FAULT_SOURCE: Final = 2  # the image's file ended before the image, or could not be read
+FAULT_SOURCE: Final = 2  # a file of the image ended before the image, or could not be read
 
 # One page behind the launch slots: what concerns the whole arena.
 ARENA = Record("arena", PAGE_SIZE, (("allocated", "Q", 0),))  # bytes of the EPC that may be touched

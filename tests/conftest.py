@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -44,21 +45,40 @@ def _open_files() -> dict[int, str]:
     return {fd: where for fd, where in _descriptors().items() if "/dev/urandom" not in where}
 
 
+def _forget_what_was_logged() -> None:
+    """The last test's records are still pytest's, with errors whose frames hold images and descriptors."""
+    for record in gc.get_objects():
+        if type(record) is logging.LogRecord:
+            record.args = record.exc_info = None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """After the session /dev/shm, processes and descriptors are as before."""
+    """After the session /dev/shm, processes and descriptors are as before; in each process of several."""
     # The tracker's pipe is made on first use of shared memory and stays; let it be there before.
     with Runtime(epc="1MiB", workers=0):
         pass
     shm, files, processes = set(os.listdir("/dev/shm")), _open_files(), _processes()
     yield
+    _forget_what_was_logged()
     gc.collect()  # a mapping lives as long as a view of it, and tests tie views into cycles
     deadline = time.monotonic() + 5
-    while _processes().keys() - processes.keys() and time.monotonic() < deadline:
+    # Another session's segment has its name for a moment, too.
+    while _processes().keys() - processes.keys() or set(os.listdir("/dev/shm")) - shm:
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.05)
     assert set(os.listdir("/dev/shm")) - shm == set()
     assert {pid: line for pid, line in _processes().items() if pid not in processes} == {}
     assert {fd: where for fd, where in _open_files().items() if fd not in files} == {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Distributions are kept in a store of this session's, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENTURBO_STORE", str(tmp_path_factory.mktemp("store")))
+        yield
 
 
 @pytest.fixture(scope="session")

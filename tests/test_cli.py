@@ -441,7 +441,7 @@ def test_a_handler_that_raises(made: Files, enturbo: Enturbo) -> None:
         "enturbo: the handler failed (raise): ValueError: no such luck",
         "printed inside",
     ]
-    assert "epc:/handler.py" in enturbo(*arguments, "--verbose").err
+    assert "/enclave/handler.py" in enturbo(*arguments, "--verbose").err
 
 
 def test_a_handler_that_hangs(made: Files, enturbo: Enturbo) -> None:

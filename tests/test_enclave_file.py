@@ -184,7 +184,7 @@ def forge(manifest: object, content: bytes = b"", **header: int) -> bytes:
     data_offset = -(-(64 + len(packed)) // 4096) * 4096
     values = {
         "magic": enclave_file.MAGIC,
-        "version": 1,
+        "version": 2,
         "manifest_size": len(packed),
         "manifest_checksum": xxhash.xxh3_64_intdigest(packed),
         "data_offset": data_offset,
@@ -203,12 +203,13 @@ PAGE_SUM = xxhash.xxh3_64_intdigest(PAGE)
 
 
 def manifest(regions: object = (), **changes: object) -> dict[str, object]:
-    return {"size": 1 << 20, "ssa_frame_size": 1, "regions": regions, "dynamic": [], **changes}
+    keys = {"size": 1 << 20, "ssa_frame_size": 1, "layers": [], "regions": regions, "dynamic": []}
+    return {**keys, **changes}
 
 
 def row(**changes: Any) -> list[Any]:
     good = {"offset": 0, "pages": 1, "flags": R, "chunks": 0xFFFF, "fill": 0, "content": 1, "sum": PAGE_SUM}
-    return list({**good, **changes}.values())
+    return list({**good, "layer": 0, "layer_page": 0, **changes}.values())
 
 
 def test_a_forged_file_that_is_right_loads(folder: Path) -> None:
@@ -241,6 +242,12 @@ def test_a_forged_file_that_is_right_loads(folder: Path) -> None:
         lambda: forge(manifest([row(sum=PAGE_SUM ^ 1)]), PAGE),
         lambda: forge(manifest([row(offset=None)]), PAGE),
         lambda: forge(manifest([row()[:-1]]), PAGE),
+        lambda: forge(manifest([row(layer=1)]), PAGE),
+        lambda: forge(manifest([row(layer_page=1)]), PAGE),
+        lambda: forge(manifest([row(content=0, sum=0, layer_page=1)])),
+        lambda: forge(manifest([], layers=None)),
+        lambda: forge(manifest([], layers=[1])),
+        lambda: forge(manifest([], layers=[[bytes(32), 1]])),
         lambda: forge(manifest([row(), row()]), PAGE * 2),
         lambda: forge(manifest([row()]), PAGE * 2),
         lambda: forge(manifest([row()]), PAGE + b"x"),
@@ -263,7 +270,8 @@ def test_a_forged_file_that_is_right_loads(folder: Path) -> None:
         lambda: forge(b""),
         lambda: forge(b"\xc1"),
         lambda: forge(msgpack.packb(manifest()) + b"\0"),
-        lambda: forge(manifest(), version=2),
+        lambda: forge(manifest(), version=1),
+        lambda: forge(manifest(), version=3),
         lambda: forge(manifest(), reserved=1),
         lambda: forge(manifest(), reserved2=1),
         lambda: forge(manifest(), data_offset=0),
@@ -278,6 +286,13 @@ def test_a_forged_file_that_is_wrong(make: Callable[[], bytes], folder: Path) ->
     with pytest.raises(ImageFormatError) as caught:
         EnclaveImage.load(folder / "forged.enclave")
     assert caught.value.file == str(folder / "forged.enclave")
+
+
+def test_an_older_file_is_refused_for_its_version(folder: Path) -> None:
+    old = {"size": 1 << 20, "ssa_frame_size": 1, "regions": [row()[:-2]], "dynamic": []}
+    (folder / "old.enclave").write_bytes(forge(old, PAGE, version=1))
+    with pytest.raises(ImageFormatError, match=r"old\.enclave: header's version .*expected 0x2, found 0x1"):
+        EnclaveImage.load(folder / "old.enclave")
 
 
 def _tree(depth: int) -> bytes:

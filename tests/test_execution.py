@@ -178,7 +178,7 @@ def test_a_handler_that_fails_can_be_called_again(
     assert caught.value.kind == kind
     assert type(caught.value.remote_traceback) is str
     if kind == "raise":
-        assert "epc:/handler.py" in caught.value.remote_traceback
+        assert "/enclave/handler.py" in caught.value.remote_traceback
     assert "/enturbo/" not in caught.value.remote_traceback
     assert enclave.call(["calls"], timeout=WAIT) >= 2
     assert enclave.state is EnclaveState.VERIFIED

@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,7 @@ class Bench:
         slot = len(self.launches)
         first = sum(launch.page_count for launch in self.launches)
         scheme, domains = (SCHEME_SGX, 1) if sgx else (SCHEME_ENTURBO, domains)
-        options = {} if image.backing is None else {"source_fd": image.backing.fd}
-        launch = Launch(
-            slot + 1, scheme, domains, block, first, image.page_count, image.size, 1, mode, **options
-        )
+        launch = Launch(slot + 1, scheme, domains, block, first, image.page_count, image.size, 1, mode)
         page, epcm = first, self.memory.epcm
         for region in image.regions:
             epcm.describe(
@@ -110,9 +108,10 @@ class Bench:
                 linear=region.offset // PAGE_SIZE,
                 generation=launch.generation,
             )
-            if region.content is not None and region.file_page is not None:
+            file = region.layer or image.backing
+            if region.content is not None and region.file_page is not None and file is not None:
                 content = memoryview(region.content)
-                epcm.set_file_source(page, -(-content.nbytes // PAGE_SIZE), region.file_page)
+                epcm.set_file_source(page, -(-content.nbytes // PAGE_SIZE), file.fd, region.file_page)
             elif region.fill:
                 epcm.set_fill_source(page, region.page_count, region.fill)
             page += region.page_count
@@ -184,8 +183,8 @@ def bench() -> Iterator[Callable[..., Bench]]:
         return made[-1]
 
     yield make
-    for each in made:
-        each.close()
+    while made:
+        made.pop().close()
 
 
 # ------------------------------------------------------------------------------------------------- copying
@@ -384,6 +383,36 @@ def test_source_reads_and_maps_the_same(tmp_path: Path) -> None:
             at, came = row * 8 * PAGE_SIZE, (3 + 8 * row) * PAGE_SIZE
             assert rows[at : at + 2 * PAGE_SIZE] == content[came : came + 2 * PAGE_SIZE]
             assert not any(rows[at + 2 * PAGE_SIZE : at + 8 * PAGE_SIZE])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_measurer_opens_each_file_once_a_launch(bench: Callable[..., Bench], mode: str) -> None:
+    """Not once a stripe; and the numbers of one launch say nothing of another's."""
+    it = bench(800)
+    measurer, asked = it.measurer(), list[int]()
+    get = measurer.sources.get
+
+    def counted(number: int) -> Source:
+        asked.append(number)
+        return get(number)
+
+    measurer.sources.get = counted  # type: ignore[method-assign]
+    (layered,), layer = pack([Region(0, 40, 0x203, random.Random(9).randbytes(40 * PAGE_SIZE))])
+    for seed in (1, 2):
+        image = mixed_image(360, seed)
+        other = replace(layered, offset=360 * PAGE_SIZE, layer=layer)
+        slot = it.open(
+            EnclaveImage((*image.regions, other), size=1 << 21, backing=image.backing), MODES[mode]
+        )
+        short_stripes(measurer, slot)
+        while measurer.step(slot, slot + 1) is Outcome.WORKED:
+            pass
+        assert it.digest(slot) == it.expected(slot)
+        assert it.pages(slot) == bytes_of(it.images[slot])
+        assert image.backing is not None
+        assert layer is not None
+        assert sorted(asked) == sorted((image.backing.fd, layer.fd))
+        asked.clear()
 
 
 def test_packed_image_cannot_be_changed_by_anybody() -> None:

@@ -136,12 +136,6 @@ def test_from_function_places_everything(folder: Path) -> None:
     image = EnclaveImage.from_function(folder, heap="1MiB", data=b"12345678", files={"more.txt": b"more"})
     program = program_of(image)
     assert image.handler == "handler:handler"
-    assert program.modules == {
-        "handler": ("handler.py", False),
-        "pkg": ("pkg/__init__.py", True),
-        "pkg.deep": ("pkg/deep/__init__.py", True),
-        "pkg.deep.mod": ("pkg/deep/mod.py", False),
-    }
     for name in (
         "handler.py",
         "pkg/__init__.py",
@@ -152,8 +146,7 @@ def test_from_function_places_everything(folder: Path) -> None:
     ):
         assert read(image, *program.files[name]) == (folder / name).read_bytes(), name
     assert read(image, *program.files["more.txt"]) == b"more"
-    assert program.files["pkg/deep/__init__.py"][1] == 0
-    for name in ("notes.txt", "big.bin", "more.txt", "not-a-module.py"):
+    for name in ("notes.txt", "big.bin", "more.txt"):
         assert program.files[name][0] % 4096 == 0
     assert program.data is not None
     assert program.heap is not None
@@ -219,11 +212,6 @@ def test_exclude_and_ignore_file(folder: Path) -> None:
     (folder / "enclave-ignore.txt").write_text("# comment\n\npkg/deep\n*.txt\n")
     program = program_of(EnclaveImage.from_function(folder, exclude=["big.*"]))
     assert set(program.files) == {"handler.py", "pkg/__init__.py", "not-a-module.py"}
-
-
-def test_a_package_comes_before_a_module_of_its_name(folder: Path) -> None:
-    (folder / "pkg.py").write_text("")
-    assert program_of(EnclaveImage.from_function(folder)).modules["pkg"] == ("pkg/__init__.py", True)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +287,7 @@ def test_links_inside_are_followed(folder: Path) -> None:
     image = EnclaveImage.from_function(folder)
     program = program_of(image)
     assert read(image, *program.files["again.txt"]) == b"hello"
-    assert "also.deep.mod" in program.modules
+    assert "also/deep/mod.py" in program.files
 
 
 def test_a_folder_that_is_none_and_a_file_given_twice(folder: Path) -> None:

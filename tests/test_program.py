@@ -9,23 +9,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enturbo.runtime import program as manifests
-from enturbo.runtime.program import HEADER, MAGIC, MAX_MANIFEST, Program, decode, encode, peek_length
+from enturbo.runtime import manifests
+from enturbo.runtime.manifests import HEADER, MAX_MANIFEST, Library
+from enturbo.runtime.program import (
+    MAGIC,
+    VERSION,
+    BundleAt,
+    Program,
+    decode,
+    encode,
+    module_files,
+    peek_length,
+)
 from enturbo.shm.errors import ImageFormatError
 
 PROGRAM = Program(
     handler="handler:handler",
-    modules={
-        "handler": ("handler.py", False),
-        "pkg": ("pkg/__init__.py", True),
-        "pkg.ünter": ("pkg/u.py", False),
-    },
     files={
         "handler.py": (8192, 100),
         "pkg/__init__.py": (8304, 0),
         "pkg/u.py": (8304, 9),
         "data/ä b.bin": (16384, 1 << 30),
+        "native.so": (8192, 20),
     },
+    libraries={"native.so": Library("libnative.so.1", ("libc.so.6", "libother.so"))},
+    bundles=(BundleAt("Some-Thing", "1.0", 1 << 20, 8192), BundleAt("other", "2.0.post1", 1 << 21, 4096)),
     data=(1 << 31, 8),
     heap=None,
 )
@@ -47,23 +55,31 @@ def programs(draw: st.DrawFn) -> Program:
         )
     )
     names = draw(st.lists(_identifiers, min_size=1, max_size=5, unique=True))
-    modules = {name: (draw(st.sampled_from(sorted(files))), draw(st.booleans())) for name in names}
-    optional = st.none() | _extents
-    return Program(
-        f"{draw(st.sampled_from(names))}:{draw(_identifiers)}", modules, files, draw(optional), draw(optional)
+    files |= {draw(st.sampled_from(module_files(name))): draw(_extents) for name in names}
+    texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=9)
+    libraries = {
+        name: Library(draw(texts | st.just("")), tuple(draw(st.lists(texts, max_size=3))))
+        for name in draw(st.lists(st.sampled_from(sorted(files)), max_size=3, unique=True))
+    }
+    bundles = tuple(
+        BundleAt(name, draw(texts), *draw(_extents)) for name in sorted(draw(st.sets(texts, max_size=3)))
     )
+    optional = st.none() | _extents
+    handler = f"{draw(st.sampled_from(names))}:{draw(_identifiers)}"
+    return Program(handler, files, libraries, bundles, draw(optional), draw(optional))
 
 
 def pack(body: object) -> bytes:
     packed: bytes = msgpack.packb(body)
-    return HEADER.pack(MAGIC, 1, len(packed)) + packed
+    return HEADER.pack(MAGIC, VERSION, len(packed)) + packed
 
 
 def fields(**changes: object) -> dict[str, object]:
     good: dict[str, object] = {
         "handler": "h:f",
-        "modules": {"h": ["h.py", False]},
         "files": {"h.py": [0, 1]},
+        "libraries": {"h.py": ["", []]},
+        "bundles": [["a", "1", 0, 1], ["b", "1", 0, 1]],
         "data": None,
         "heap": [4096, 8192],
     }
@@ -82,7 +98,7 @@ def test_decode_reads_what_encode_wrote(program: Program, behind: bytes) -> None
 def test_the_header_is_fixed() -> None:
     encoded = encode(PROGRAM)
     assert encoded[:8] == b"ENTURBOF"
-    assert encoded[8:12] == (1).to_bytes(4, "little")
+    assert encoded[8:12] == (2).to_bytes(4, "little")
     assert int.from_bytes(encoded[12:16], "little") == len(encoded) - 16
     assert decode(memoryview(bytearray(encoded))) == PROGRAM
 
@@ -103,7 +119,7 @@ def test_a_changed_byte_never_gives_another_exception(data: st.DataObject) -> No
 @settings(deadline=None)
 def test_hostile_bodies_give_image_format_errors(body: bytes) -> None:
     with pytest.raises(ImageFormatError):
-        decode(HEADER.pack(MAGIC, 1, len(body)) + body)
+        decode(HEADER.pack(MAGIC, VERSION, len(body)) + body)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +132,20 @@ def test_hostile_bodies_give_image_format_errors(body: bytes) -> None:
         {"handler": "other:f"},
         {"handler": None},
         {"handler": b"h:f"},
-        {"modules": []},
-        {"modules": {"h": ["missing.py", False]}},
-        {"modules": {"h": ["h.py", 0]}},
-        {"modules": {"h": ["h.py"]}},
-        {"modules": {"h": ["h.py", False], "a-b": ["h.py", False]}},
-        {"modules": {"h": ["h.py", False], "": ["h.py", False]}},
-        {"modules": {"h": [["h.py", "h.py"], False]}},
+        {"libraries": []},
+        {"libraries": {"missing.so": ["", []]}},
+        {"libraries": {"h.py": [0, []]}},
+        {"libraries": {"h.py": [""]}},
+        {"libraries": {"h.py": ["", "libc.so.6"]}},
+        {"libraries": {"h.py": ["", [0]]}},
+        {"libraries": {"h.py": ["x" * 1025, []]}},
+        {"bundles": {}},
+        {"bundles": [["a", "1", 0]]},
+        {"bundles": [["a", 1, 0, 1]]},
+        {"bundles": [["", "1", 0, 1]]},
+        {"bundles": [["a", "1", -1, 1]]},
+        {"bundles": [["b", "1", 0, 1], ["a", "1", 0, 1]]},
+        {"bundles": [["a", "1", 0, 1], ["a", "2", 0, 1]]},
         {"files": {"h.py": [-1, 1]}},
         {"files": {"h.py": [0, -1]}},
         {"files": {"h.py": [0, True]}},
@@ -152,18 +175,18 @@ def test_other_orders_and_other_forms_are_refused() -> None:
     long_none = packed.replace(b"\xa4data\xc0", b"\xd9\x04data\xc0")  # the key as str8 instead of fixstr
     assert long_none != packed
     with pytest.raises(ImageFormatError, match="canonical"):
-        decode(HEADER.pack(MAGIC, 1, len(long_none)) + long_none)
+        decode(HEADER.pack(MAGIC, VERSION, len(long_none)) + long_none)
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         (b"", "too short"),
-        (HEADER.pack(b"ENTURBOX", 1, 0), "magic"),
-        (HEADER.pack(MAGIC, 2, 0), "version"),
-        (HEADER.pack(MAGIC, 1, MAX_MANIFEST + 1), "length"),
-        (HEADER.pack(MAGIC, 1, 0xFFFF_FFFF), "length"),
-        (HEADER.pack(MAGIC, 1, 5), "cut short"),
+        (HEADER.pack(b"ENTURBOX", VERSION, 0), "magic"),
+        (HEADER.pack(MAGIC, 1, 0), "version"),
+        (HEADER.pack(MAGIC, VERSION, MAX_MANIFEST + 1), "length"),
+        (HEADER.pack(MAGIC, VERSION, 0xFFFF_FFFF), "length"),
+        (HEADER.pack(MAGIC, VERSION, 5), "cut short"),
     ],
 )
 def test_headers(header: bytes, message: str) -> None:
@@ -173,13 +196,9 @@ def test_headers(header: bytes, message: str) -> None:
 
 def test_encode_refuses_what_decode_would() -> None:
     with pytest.raises(ImageFormatError, match="length"):
-        encode(
-            Program(
-                "h:f", {"h": ("h.py", False)}, {"h.py": (0, 1), **{f"{i:0900}": (0, 1) for i in range(1300)}}
-            )
-        )
+        encode(Program("h:f", {"h.py": (0, 1), **{f"{i:0900}": (0, 1) for i in range(1300)}}))
     with pytest.raises(ImageFormatError):
-        encode(Program("h:f", {}, {}))
+        encode(Program("h:f", {}))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ from enturbo.shm.layout import (
     COPY_FUSED,
     EPCM_ENTRY,
     FAULT_SMC,
-    NO_SOURCE,
     PAGE_SIZE,
     SCHEME_ENTURBO,
     SCHEME_SGX,
@@ -135,12 +134,10 @@ class Bench:
         self.memory = Memory.create(before + image.page_count, 1)
         while self.memory.allocate_step():
             pass
-        if source_fd is None:
-            source_fd = NO_SOURCE if image.backing is None else image.backing.fd
+        if source_fd is None and image.backing is not None:
+            source_fd = image.backing.fd
         scheme = SCHEME_SGX if domains == 1 else SCHEME_ENTURBO
-        self.launch = Launch(
-            1, scheme, domains, block, before, image.page_count, image.size, 1, mode, source_fd, group
-        )
+        self.launch = Launch(1, scheme, domains, block, before, image.page_count, image.size, 1, mode, group)
         self.measurers: list[Measurer] = []
         self.poisoned: dict[int, bytes] = {}
         page, epcm = before, self.memory.epcm
@@ -154,8 +151,9 @@ class Bench:
                 generation=1,
             )
             if region.content is not None and region.file_page is not None:
+                assert source_fd is not None
                 pages = -(-memoryview(region.content).nbytes // PAGE_SIZE)
-                epcm.set_file_source(page, pages, region.file_page)
+                epcm.set_file_source(page, pages, source_fd, region.file_page)
             elif region.fill:
                 epcm.set_fill_source(page, region.page_count, region.fill)
             page += region.page_count

@@ -59,10 +59,10 @@ class Bench:
         self.images.append(image)
         scheme, domains = (SCHEME_SGX, 1) if sgx else (SCHEME_ENTURBO, 4)
         first = slot * PAGES
-        launch = Launch(slot + 1, scheme, domains, 4, first, PAGES, image.size, 1, mode, source_fd=backing.fd)
+        launch = Launch(slot + 1, scheme, domains, 4, first, PAGES, image.size, 1, mode)
         epcm = self.memory.epcm
         epcm.describe(first, PAGES, flags=0x203, chunks=0xFFFF, linear=0, generation=slot + 1)
-        epcm.set_file_source(first, PAGES, 0)
+        epcm.set_file_source(first, PAGES, backing.fd, 0)
         if mode == COPY_BY_HOST:
             self.memory.epc.pages(first, PAGES)[:] = bytes([slot + 1]) * (PAGES * PAGE_SIZE)
             epcm.set_valid(first, PAGES, slot + 1)

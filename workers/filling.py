@@ -1,9 +1,9 @@
-"""Filling pages under a claim: copying a pair's rows from the image's file, or zeroing them.
+"""Filling pages under a claim: copying a pair's rows from the image's files, or zeroing them.
 
-Workers know no image formats. Each EPCM entry says where its page's bytes come from: a page of the image's
-file, a u32 to repeat, or nothing (the page is zero already). The launch names the host's descriptor of that
-file; a worker opens it anew through /proc, so nothing has to be sent, and a worker that was started in the
-middle of a launch has it too.
+Workers know no image formats. Each EPCM entry says where its page's bytes come from: a page of a file, a u32
+to repeat, or nothing (the page is zero already). It names the host's descriptor of that file; a worker opens
+it anew through /proc, so nothing has to be sent, and a worker that was started in the middle of a launch has
+it too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from ..shm.epcm import Mask
 from ..shm.errors import EnturboError
-from ..shm.launches import Claims, Launch
+from ..shm.launches import Claims
 from ..shm.layout import (
     COPY_FIRST,
     COPY_FUSED,
     FAULT_SOURCE,
-    NO_SOURCE,
+    MAX_SOURCE_FD,
     PAGE_SIZE,
     SCRUB,
+    SOURCE_FD_SHIFT,
     SOURCE_FILE,
     SOURCE_FILL,
 )
@@ -42,27 +44,35 @@ from .view import OnSpan, Outcome, View
 log = logging.getLogger("enturbo.workers")
 
 FILL_ROWS: Final = 32  # rows copied or scrubbed in one claim: 4 MiB of an image with the usual B
-KEPT_SOURCES: Final = 4  # files that stay open (and mapped) between launches
+# Files that stay open between launches. Those that are read: images share them, and cost a descriptor each.
+# Those that are mapped belong to one image, and keep its memory when the image itself is gone.
+KEPT_SOURCES: Final = 64
+KEPT_MAPPINGS: Final = 4
 
 
 class SourceError(EnturboError):
-    """The image's file is shorter than the image, or cannot be read."""
+    """A file of the image is shorter than the image, or cannot be read."""
 
 
 class Source:
-    """An image's file, to be copied from by pages.
+    """A file that holds pages of images, to be copied from by pages.
 
     A file that is sealed against shrinking is mapped, and copied past the cache. Any other one is read:
     somebody might cut it off, and a mapping would then kill who touches it.
     """
 
-    def __init__(self, fd: int) -> None:
-        """Takes the descriptor (open for reading)."""
-        self.fd = fd
+    def __init__(self, fd: int, *, borrowed: bool = False) -> None:
+        """Takes the descriptor (open for reading); ``borrowed``: it stays the caller's."""
+        self.fd, self._borrowed = fd, borrowed
         self._view: memoryview | None = None
         size = os.fstat(fd).st_size
         if size and _seals(fd) & fcntl.F_SEAL_SHRINK:
             self._view = map_shared(fd, size, writable=False)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it is copied from memory."""
+        return self._view is not None
 
     def copy(self, target: memoryview, page: int) -> None:
         """Fill ``target`` from the file's page ``page`` on; all stores are visible on return.
@@ -73,7 +83,7 @@ class Source:
         if self._view is not None:
             part = self._view[at : at + len(target)]
             if len(part) < len(target):
-                raise SourceError(f"the image's file ends at {len(self._view)}, expected page {page}")
+                raise SourceError(f"a file of the image ends at {len(self._view)}, expected page {page}")
             copy_into(target, part)
             return
         done = 0
@@ -81,10 +91,10 @@ class Source:
             try:
                 count = os.preadv(self.fd, [target[done:]], at + done)
             except OSError as error:
-                raise SourceError(f"the image's file cannot be read at {at + done}: {error}") from error
+                raise SourceError(f"a file of the image cannot be read at {at + done}: {error}") from error
             if count == 0:
                 raise SourceError(
-                    f"the image's file ends at {at + done}, expected {at + len(target)} bytes or more"
+                    f"a file of the image ends at {at + done}, expected {at + len(target)} bytes or more"
                 )
             done += count
 
@@ -103,7 +113,11 @@ class Source:
 
     def __del__(self) -> None:
         # Launches share a source, and whoever drops it last closes it; a mapping goes with its last view.
-        os.close(self.fd)
+        if not self._borrowed:
+            os.close(self.fd)
+
+
+Opener = Callable[[int], Source]  # of a descriptor of the host
 
 
 def _seals(fd: int) -> int:
@@ -114,39 +128,44 @@ def _seals(fd: int) -> int:
 
 
 class Sources:
-    """The files of the launches that one measurer copies for, opened once each."""
+    """The files of the launches that one measurer copies for, opened once each, however many use one."""
 
     def __init__(self, host: int | None = None) -> None:
-        """``host``: the process whose descriptor numbers launches name; None: this one."""
+        """``host``: the process whose descriptor numbers entries name; None: this one."""
         self._host = host
-        self._open: OrderedDict[tuple[int, int], Source] = OrderedDict()
+        self._open: WeakValueDictionary[tuple[int, int], Source] = WeakValueDictionary()
+        # The ones that were used last, by whether they are mapped.
+        self._kept: dict[bool, OrderedDict[Source, None]] = {True: OrderedDict(), False: OrderedDict()}
 
-    def get(self, launch: Launch) -> Source | None:
-        """The file of ``launch``, None if it needs none. Raises OSError if it is out of reach.
+    def get(self, number: int) -> Source:
+        """The file that is the host's descriptor ``number``. Raises OSError if it is out of reach.
 
-        The caller holds a claim of the launch, has found its generation after that, and has a page to fill
-        that is not VALID. The host closes the descriptor when all pages are VALID or when it holds the claim
-        range, so the number means this file.
+        The caller holds a claim of a launch, has found its generation after that, and has a page to fill that
+        is not VALID and whose entry names the number. The host closes a launch's descriptors when all its
+        pages are VALID or when it holds the claim range, so the number means this file: now, and whenever the
+        same holds for the same launch again. Of another launch it says nothing.
         """
-        if launch.source_fd == NO_SOURCE:
-            return None
-        where = "self" if self._host is None else str(self._host)
-        fd = os.open(f"/proc/{where}/fd/{launch.source_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        if self._host is None:
+            return Source(number, borrowed=True)  # open as long as it is used; many starts need no more
+        fd = os.open(f"/proc/{self._host}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(fd)
         key = status.st_dev, status.st_ino  # no other file's while one holds it open
-        known = self._open.get(key)
-        if known is not None:
+        source = self._open.get(key)
+        if source is None:
+            source = self._open[key] = Source(fd)
+        else:
             os.close(fd)
-            self._open.move_to_end(key)
-            return known
-        source = self._open[key] = Source(fd)
-        while len(self._open) > KEPT_SOURCES:
-            self._open.popitem(last=False)
+        kept = self._kept[source.is_mapped]
+        kept[source] = None
+        kept.move_to_end(source)
+        while len(kept) > (KEPT_MAPPINGS if source.is_mapped else KEPT_SOURCES):
+            kept.popitem(last=False)
         return source
 
     def forget(self) -> None:
         """Close the files that no launch uses now."""
-        self._open.clear()
+        for kept in self._kept.values():
+            kept.clear()
 
 
 class Filler:
@@ -178,6 +197,7 @@ class Filler:
         pairs = view.unfilled()
         if not pairs:
             view.filled = True
+            view.sources.clear()
             if self._on_span is not None and view.launch.copy_mode != SCRUB:
                 now = time.monotonic_ns()
                 self._on_span(COPIED, view.slot, view.generation, 0, now, now, True)
@@ -199,7 +219,7 @@ class Filler:
     def fill(self, view: View, pair: int, until: int) -> Outcome:
         """Fill the rows of ``pair`` up to row ``until``. The claim is held, the generation was looked at.
 
-        WORKED, FAULT (the file is too short) or WAITING (it is out of reach).
+        WORKED, FAULT (a file is too short) or WAITING (one is out of reach).
         """
         until = min(until, view.pair_rows[pair])
         start = int(view.copied[pair])
@@ -221,7 +241,7 @@ class Filler:
         """Copy the row with the image's page ``page`` now, ahead of its turn: somebody waits for that page.
 
         WORKED: the page is VALID. BUSY: another holds its claim, and may be copying it; try again. WAITING:
-        it is not to be copied here: the host copies, or the file is out of reach. GONE, FAULT: the launch
+        it is not to be copied here: the host copies, or a file is out of reach. GONE, FAULT: the launch
         will not have it. Pages behind the image (EAUG) are VALID from the beginning. Raises ValueError below
         page 0.
 
@@ -259,7 +279,7 @@ class Filler:
             return Outcome.FAULT
         except OSError as error:
             # The host can always copy, so the launch goes on; this measurer takes part when pages are VALID.
-            log.info("launch %d: its file is out of this process's reach: %s", view.generation, error)
+            log.info("launch %d: a file is out of this process's reach: %s", view.generation, error)
             view.can_fill = False
             if self._on_span is not None:
                 self._on_span(BLIND, view.slot, view.generation, 0, begin, begin, False)
@@ -289,7 +309,7 @@ class Filler:
 
     def _copy_rows(self, view: View, pair: int, start: int, end: int) -> None:
         self._point("filling")
-        fill_rows(self.memory, view, pair, start, end, self._source(view))
+        fill_rows(self.memory, view, pair, start, end, self._opener(view))
         # A copier that dies here leaves rows that are not VALID: nobody has looked at their bytes.
         self._point("filled")
         rows = view.rows(pair * view.width, view.width)
@@ -301,15 +321,19 @@ class Filler:
         edges = np.flatnonzero(np.diff(missing, prepend=False, append=False)).tolist()
         for begin, end in zip(edges[::2], edges[1::2], strict=True):
             self._point("filling")
-            fill_pages(self.memory, base + begin, end - begin, self._source(view))
+            fill_pages(self.memory, base + begin, end - begin, self._opener(view))
             self._point("filled")
             self.memory.epcm.set_valid(base + begin, end - begin, view.generation)
             self._point("valid")
 
-    def _source(self, view: View) -> Source | None:
-        if view.source is None:
-            view.source = self.sources.get(view.launch)
-        return view.source
+    def _opener(self, view: View) -> Opener:
+        def source(number: int) -> Source:
+            known = view.sources.get(number)
+            if known is None:
+                known = view.sources[number] = self.sources.get(number)
+            return known
+
+        return source
 
 
 def is_open(memory: Memory, view: View) -> bool:
@@ -321,10 +345,10 @@ def is_open(memory: Memory, view: View) -> bool:
     )
 
 
-def fill_rows(memory: Memory, view: View, pair: int, start: int, end: int, source: Source | None) -> None:
+def fill_rows(memory: Memory, view: View, pair: int, start: int, end: int, source: Opener) -> None:
     """Copy the rows ``start`` .. ``end`` - 1 of ``pair``; the caller holds its claim and makes them VALID.
 
-    Raises SourceError.
+    Raises SourceError, and OSError if a file is out of reach.
     """
     whole = min(end, view.launch.page_count // view.stride)
     if whole > start and _fill_table(memory, view, pair, start, whole, source):
@@ -334,22 +358,24 @@ def fill_rows(memory: Memory, view: View, pair: int, start: int, end: int, sourc
         fill_pages(memory, view.launch.first_page + first, count, source)
 
 
-def _fill_table(memory: Memory, view: View, pair: int, start: int, end: int, source: Source | None) -> bool:
-    """All rows at once, where they stand in the file as they do in the image; else False, nothing done."""
+def _fill_table(memory: Memory, view: View, pair: int, start: int, end: int, source: Opener) -> bool:
+    """All rows at once, where they stand in one file as they do in the image; else False, nothing done."""
     first, width = view.row_of(pair, start)
     rows, first = end - start, view.launch.first_page + first
     table = memory.epcm.source_rows(first, rows, width, view.stride)
     origin = int(table[0, 0])
     if origin == 0 and not table.any():
         return True  # heap: the pages are zero already
-    if source is None or not origin & SOURCE_FILE:
+    if not origin & SOURCE_FILE:
         return False
     if not (table - table[0, 0] == _offsets(rows, width, view.stride)).all():
         return False
+    number, page = _file_and_page(origin)
+    file = source(number)
     for row in range(rows):
         memory.epc.map_now(first + row * view.stride, width)
     target = memory.epc.pages(first, (rows - 1) * view.stride + width)
-    source.copy_rows(target, origin & ~SOURCE_FILE, width * PAGE_SIZE, view.stride * PAGE_SIZE, rows)
+    file.copy_rows(target, page, width * PAGE_SIZE, view.stride * PAGE_SIZE, rows)
     return True
 
 
@@ -360,25 +386,30 @@ def _offsets(rows: int, width: int, stride: int) -> np.ndarray[Any, np.dtype[np.
     return np.add.outer(down, np.arange(width, dtype=np.uint64))
 
 
-def fill_pages(memory: Memory, first: int, count: int, source: Source | None) -> None:
+def fill_pages(memory: Memory, first: int, count: int, source: Opener) -> None:
     """Copy ``count`` EPC pages from where their entries say, in runs as long as they go.
 
-    Raises SourceError.
+    Raises SourceError, and OSError if a file is out of reach.
     """
     words = memory.epcm.sources(first, count)
     for begin, end in _runs(words):
         word = int(words[begin])
         if word & SOURCE_FILE:
-            if source is None:
-                raise SourceError(f"EPC page {first + begin} needs a file, the launch has none")
+            number, page = _file_and_page(word)
+            file = source(number)
             memory.epc.map_now(first + begin, end - begin)
-            source.copy(memory.epc.pages(first + begin, end - begin), word & ~SOURCE_FILE)
+            file.copy(memory.epc.pages(first + begin, end - begin), page)
         elif word & SOURCE_FILL:
             memory.epc.fill(first + begin, end - begin, word & 0xFFFF_FFFF)
 
 
+def _file_and_page(word: int) -> tuple[int, int]:
+    """What a source in a file says: the host's descriptor, and the page."""
+    return word >> SOURCE_FD_SHIFT & MAX_SOURCE_FD, word & (1 << SOURCE_FD_SHIFT) - 1
+
+
 def _runs(words: np.ndarray[Any, np.dtype[np.uint64]]) -> list[tuple[int, int]]:
-    """Pages that follow each other in the file, or have the same fill, or none: (begin, end)."""
+    """Pages that follow each other in a file, or have the same fill, or none: (begin, end)."""
     step = np.diff(words)
     goes_on = np.where(words[:-1] & np.uint64(SOURCE_FILE), step == 1, step == 0)
     breaks = (np.flatnonzero(~goes_on) + 1).tolist()

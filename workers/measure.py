@@ -62,7 +62,7 @@ def settled(launch: Launch) -> dict[int, bytes]:
     if not empty:
         return {}
     # Of the launch only what the records hold, so that all small launches of a kind share one answer.
-    like = launch._replace(generation=0, first_page=0, page_count=0, copy_mode=0, source_fd=0)
+    like = launch._replace(generation=0, first_page=0, page_count=0, copy_mode=0)
     return _empty_digests(like, launch.domains - empty)
 
 

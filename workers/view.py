@@ -110,8 +110,10 @@ class View:
         self._rows: dict[tuple[int, int], Rows] = {}
         self.fused = launch.copy_mode == COPY_FUSED
         self.filled = launch.copy_mode == COPY_BY_HOST  # nothing is left for holders of claims to copy
-        self.can_fill = True  # until the image's file turns out to be out of reach
-        self.source: Source | None = None  # the image's file, once something was copied from it
+        self.can_fill = True  # until a file of the image turns out to be out of reach
+        # The files that something was copied from, by the host's descriptors, which mean the same as long as
+        # anything is to be copied: see enturbo.workers.filling.Sources.
+        self.sources: dict[int, Source] = {}
 
     def domains(self, pair: int) -> range:
         """The domains of ``pair``: two, one where D is 1, more where claims cover several pairs."""

@@ -48,22 +48,72 @@ def build(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Files to leave out; may be repeated.", show_default=False),
     ] = None,
+    requirements: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME",
+            help="An installed distribution that comes along, with what it requires; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    requirements_file: Annotated[
+        Path | None,
+        typer.Option(
+            "-r", "--requirements", metavar="FILE", help="The same, one a line.", show_default=False
+        ),
+    ] = None,
+    site: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where distributions are looked for (a venv's site-packages); may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    bytecode: Annotated[
+        bool,
+        typer.Option(
+            "--bytecode",
+            help="Carry modules compiled, too: faster imports; the image then depends on this interpreter.",
+        ),
+    ] = False,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole",
+            help="Put the distributions into the file, instead of naming them in the store of this user.",
+        ),
+    ] = False,
     edmm: options.Edmm = False,
     json: options.Json = False,
 ) -> None:
     """Make an enclave file of a function's folder. Equal folders give equal files."""
     from ..image import EnclaveImage
+    from ..labels import distribution_facts
     from ..sizes import parse_size
+    from ..store import Store
 
     region = None if data is None else Path(data[1:]) if data.startswith("@") else parse_size(data)
+    wanted = list(requirements or ())
+    if requirements_file is not None:
+        wanted += _requirements(requirements_file)
     with reading(folder), progress(f"building {output}"):
         image = EnclaveImage.from_function(
-            folder, handler=handler, heap=heap, data=region, exclude=exclude or ()
+            folder,
+            handler=handler,
+            heap=heap,
+            data=region,
+            exclude=exclude or (),
+            requirements=wanted,
+            site=site,
+            bytecode=bytecode,
         )
     if edmm:
         image = image.as_edmm()
     with reading(output):
-        image.save(output)
+        image.save(output, store=None if whole else Store.default())
+    distributions = distribution_facts(image.regions)
     facts = {
         "file": str(output),
         "handler": image.handler,
@@ -71,19 +121,28 @@ def build(
         "pages_measured": image.measured_pages,
         "pages_by_eaug": image.dynamic_pages,
         "size": image.size,
+        "distributions": distributions,
     }
     if json:
         print_json(facts)
-    else:
-        print_facts(
-            {
-                "handler": image.handler,
-                "pages": f"{image.page_count} added, {image.measured_pages} measured,"
-                f" {image.dynamic_pages} by EAUG",
-                "size": f"{image.size:#x}",
-            },
-            str(output),
-        )
+        return
+    texts: dict[str, object] = {
+        "handler": image.handler,
+        "pages": f"{image.page_count} added, {image.measured_pages} measured, {image.dynamic_pages} by EAUG",
+        "size": f"{image.size:#x}",
+    }
+    for each in distributions:
+        native = f", {each['code_pages']} of them native code" if each["code_pages"] else ""
+        texts[f"{each['name']} {each['version']}"] = f"{each['files']} files, {each['pages']} pages{native}"
+    print_facts(texts, str(output))
+
+
+def _requirements(file: Path) -> list[str]:
+    """The lines of a requirements file, without comments and empty ones."""
+    with reading(file):
+        text = file.read_text("utf-8")
+    lines = (line.partition(" #")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def keygen(

@@ -22,6 +22,7 @@ TCS_COLUMNS: Final = (
     *("offset", "FLAGS", "OSSA", "CSSA", "NSSA", "OENTRY"),
     *("OFSBASGX", "OGSBASGX", "FSLIMIT", "GSLIMIT"),
 )
+DISTRIBUTION_COLUMNS: Final = ("distribution", "version", "files", "pages", "native")
 _TCS_NUMBERS: Final = tuple(name.lower() for name in TCS_COLUMNS)
 
 
@@ -95,6 +96,12 @@ def _tables(facts: Mapping[str, Any]) -> None:
         for number, region in enumerate(regions[:SHOWN_REGIONS])
     )
     print_table(REGION_COLUMNS, rows, len(regions) - SHOWN_REGIONS, "regions")
+    if facts.get("distributions"):
+        distributions = (
+            (each["name"], each["version"], str(each["files"]), str(each["pages"]), str(each["code_pages"]))
+            for each in facts["distributions"]
+        )
+        print_table(DISTRIBUTION_COLUMNS, distributions, 0, "distributions")
     if facts["tcs"]:
         tcs = [[f"{each[name]:#x}" for name in _TCS_NUMBERS] for each in facts["tcs"][:SHOWN_TCS]]
         print_table(TCS_COLUMNS, tcs, len(facts["tcs"]) - SHOWN_TCS, "TCS pages")
@@ -109,7 +116,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left_out:
         box=None, padding=(0, 1 if len(columns) > 6 else 2, 0, 0), pad_edge=False, header_style="cyan"
     )
     for column in columns:
-        right = column in ("offset", "pages") or column.isupper()
+        right = column in ("offset", "pages", "files", "native") or column.isupper()
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))

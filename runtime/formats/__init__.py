@@ -17,6 +17,7 @@ from . import elf, enclave_file, intel_elf, open_enclave, sgxs, sgxs_stream, sig
 if TYPE_CHECKING:
     from ..image import EnclaveImage, PathLike
     from ..sigstruct import Sigstruct
+    from ..store import Store
 
 
 class Format(NamedTuple):
@@ -54,11 +55,15 @@ def detect(path: PathLike) -> Format:
         return _detect(file, os.fspath(path))
 
 
-def load(path: PathLike) -> EnclaveImage:
-    """Read an enclave file of any known format. Raises ImageFormatError and OSError."""
+def load(path: PathLike, store: Store | None = None) -> EnclaveImage:
+    """Read an enclave file of any known format, its layers from ``store`` (None: the default store). Raises
+    ImageFormatError and OSError."""
     name = os.fspath(path)
     with _open(path) as file:
-        return _detect(file, name).load(file, name)
+        known = _detect(file, name)
+        if known.load is enclave_file.load:  # the only one with layers
+            return enclave_file.load(file, name, store)
+        return known.load(file, name)
 
 
 def load_sigstruct(path: PathLike) -> Sigstruct:

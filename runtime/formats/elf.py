@@ -1,4 +1,4 @@
-"""ELF64 as far as enclave loaders read it: header, program headers, section headers, the dynamic table.
+"""ELF64 as far as loaders read it: header, program headers, section headers, the dynamic table.
 
 Fixed little-endian tables, read by hand: a hostile file may hold any number in any field, and here each one
 is checked before it is followed, with ImageFormatError as the only answer and the file's offset in it. (A
@@ -23,6 +23,7 @@ from ..backing import Backing
 MAGIC: Final = b"\x7fELF"
 ET_DYN: Final = 3
 EM_X86_64: Final = 62
+MACHINES: Final = {EM_X86_64: "x86-64", 183: "aarch64"}
 PT_LOAD: Final = 1
 PT_DYNAMIC: Final = 2
 PT_TLS: Final = 7
@@ -120,14 +121,19 @@ class Elf:
     and in every method, for tables and ranges that are not inside ``data``.
     """
 
-    def __init__(self, data: memoryview, name: str | None = None, base: int = 0) -> None:
+    def __init__(
+        self, data: memoryview, name: str | None = None, base: int = 0, machine: int = EM_X86_64
+    ) -> None:
         self.data: Final = data
         self.name: Final = name
         self.base: Final = base
         self.slice("ELF header", 0, EHDR.size)
         if (ident := bytes(data[: len(IDENT)])) != IDENT:
             raise self.error("ELF identification", 0, f"{IDENT.hex()} (64 bits, little-endian)", ident.hex())
-        for field, expected, text in (("type", ET_DYN, "ET_DYN"), ("machine", EM_X86_64, "x86-64")):
+        for field, expected, text in (
+            ("type", ET_DYN, "ET_DYN"),
+            ("machine", machine, MACHINES.get(machine, "this machine")),
+        ):
             if (found := self.header(field)) != expected:
                 raise self.error(f"ELF header's {field}", EHDR.offset(field), f"{expected} ({text})", found)
 
@@ -208,18 +214,23 @@ class Elf:
 
     @cached_property
     def dynamic(self) -> dict[int, int]:
-        """The dynamic table up to DT_NULL: value by tag, the last one where a tag comes twice.
+        """The dynamic table: value by tag, the last one where a tag comes twice."""
+        return dict(self.dynamic_entries)
+
+    @cached_property
+    def dynamic_entries(self) -> list[tuple[int, int]]:
+        """The dynamic table up to DT_NULL: tags and values in their order.
 
         From PT_DYNAMIC, which loaders follow; from the section ``.dynamic`` where there is no such segment.
         """
         table = self._dynamic_bytes()
         if table is None:
-            return {}
-        found: dict[int, int] = {}
+            return []
+        found: list[tuple[int, int]] = []
         for tag, value in _DYN.iter_unpack(table[: min(len(table) // _DYN.size, MAX_DYNAMIC) * _DYN.size]):
             if tag == 0:
                 return found
-            found[tag] = value
+            found.append((tag, value))
         raise self.error("dynamic table", None, f"DT_NULL after at most {MAX_DYNAMIC} entries", "none")
 
     def _dynamic_bytes(self) -> memoryview | None:

@@ -166,15 +166,15 @@ class Bench:
         self,
         source: str = "",
         *,
-        modules: Mapping[str, tuple[str, bool, str]] | None = None,
+        modules: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
         data: bytes = b"",
         heap: int = 0,
         **options: Any,
     ) -> Enclave:
         """Start an enclave; pages 0 and 1 hold the manifest, ``handler.py`` begins at page 3."""
-        listed = {"handler": ("handler.py", False, source), **(modules or {})}
-        blobs = {file: text.encode() for file, _, text in listed.values()} | dict(files or {})
+        sources = {"handler.py": source, **(modules or {})}
+        blobs = {file: text.encode() for file, text in sources.items()} | dict(files or {})
         offset = 3 * PAGE_SIZE
         extents: dict[str, tuple[int, int]] = {}
         body = bytearray()
@@ -189,14 +189,7 @@ class Bench:
                 extent[name] = (end, len(content))
                 contents.append((content + bytes(-len(content) % PAGE_SIZE), RW, chunks))
                 end += len(contents[-1][0]) + PAGE_SIZE
-        manifest = encode(
-            Program(
-                "handler:handler",
-                {name: (file, package) for name, (file, package, _) in listed.items()},
-                extents,
-                **extent,
-            )
-        )
+        manifest = encode(Program("handler:handler", extents, data=extent["data"], heap=extent["heap"]))
         contents.insert(0, (manifest + bytes(2 * PAGE_SIZE - len(manifest)), R, 0xFFFF))
         enclave = Enclave(self, contents, options)
         self._stack.callback(enclave.close)

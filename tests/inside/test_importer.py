@@ -31,10 +31,19 @@ def test_finders_and_paths(enclave: Any) -> None:
     code = """
 import sys
 names = [getattr(finder, '__name__', type(finder).__name__) for finder in sys.meta_path]
-result = [names, sys.path, sys.path_hooks, sys.path_importer_cache, sys.argv, __import__('os').getcwd()]
+result = [names, sys.path, len(sys.path_hooks), list(sys.path_importer_cache), sys.argv]
 """
-    expected = ["BuiltinImporter", "FrozenImporter", "EPCFinder", "BaseFinder"]
-    assert enclave.call(code) == [expected, [], [], {}, ["enclave"], "/"]
+    expected = ["BuiltinImporter", "FrozenImporter", "ImageFinder", "BaseFinder", "PathFinder"]
+    assert enclave.call(code) == [expected, ["/enclave"], 1, ["/enclave"], ["enclave"]]
+
+
+@pytest.mark.parametrize("where", ["/tmp", "", ".", "/usr/lib/python3/dist-packages"])
+def test_no_folder_of_the_host_is_searched(enclave: Any, tmp_path: Path, where: str) -> None:
+    """Not even one that the handler puts on the path by itself."""
+    folder = str(tmp_path) if where == "/tmp" else where
+    (tmp_path / "outside.py").write_text("")
+    reply = enclave.reply(f"import sys, os; sys.path.insert(0, {folder!r}); import outside")
+    assert reply["type"] == "ModuleNotFoundError"
 
 
 @pytest.mark.parametrize(
@@ -134,27 +143,27 @@ def test_an_images_own_packages(bench: Any) -> None:
         "    return [value, whose(), json.mine, package.__path__, package.__file__,\n"
         "            pkgutil.get_data('package', 'text.txt')]\n",
         modules={
-            "package": ("package/__init__.py", True, "from . import inner"),
-            "package.inner": ("package/inner.py", False, "value = 'ä'\nfrom .deep import whose"),
-            "package.deep": ("package/deep.py", False, "def whose(): return __name__"),
+            "package/__init__.py": "from . import inner",
+            "package/inner.py": "value = 'ä'\nfrom .deep import whose",
+            "package/deep.py": "def whose(): return __name__",
             # Imported by the zygote long before; an image's name is the image's, as in a script's folder.
-            "json": ("json.py", False, "mine = True"),
+            "json.py": "mine = True",
         },
         files={"package/text.txt": b"text"},
     )
     assert enclave.call() == [
-        "ä", "package.deep", True, ["epc:/package"], "epc:/package/__init__.py", b"text"
+        "ä", "package.deep", True, ["/enclave/package"], "/enclave/package/__init__.py", b"text"
     ]  # fmt: skip
 
 
 def test_an_error_in_the_import_is_the_calls_error(bench: Any) -> None:
     enclave = bench.enclave("import helper\ndef handler(event, context): pass", modules={
-        "helper": ("helper.py", False, "\n\nraise RuntimeError('not today')")
+        "helper.py": "\n\nraise RuntimeError('not today')"
     })  # fmt: skip
     reply = enclave.reply()
     assert (reply["kind"], reply["type"], reply["message"]) == ("raise", "RuntimeError", "not today")
     assert reply["first"] == 0
-    assert 'File "epc:/helper.py", line 3' in reply["traceback"]
+    assert 'File "/enclave/helper.py", line 3' in reply["traceback"]
     assert "raise RuntimeError('not today')" in reply["traceback"]
     assert enclave.reply()["type"] == "RuntimeError"
 

@@ -411,12 +411,14 @@ def test_the_hosts_death_ends_everything_though_a_fork_of_it_lives(until: Until)
         host.kill()
 
 
-def test_strays_are_found_by_their_token_alone() -> None:
+def test_strays_are_found_by_their_token_alone(until: Callable[[Callable[[], bool]], None]) -> None:
     processes = [
         subprocess.Popen(["sleep", "1000"], env={**os.environ, TOKEN: token})
         for token in ("0" * 32, "1" * 32)
     ]
     try:
+        # Popen returns in the middle of exec, a moment before the new program's environment can be read.
+        until(lambda: all(Path(f"/proc/{process.pid}/environ").read_bytes() for process in processes))
         assert kill_strays("0" * 32, 20)
         assert processes[0].wait(20) == -signal.SIGKILL
         assert processes[1].poll() is None

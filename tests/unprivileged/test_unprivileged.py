@@ -18,7 +18,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SECONDS = 240  # a bound on the inner run, which takes a fraction of it
-FOLDERS = ("gates", "attacks", "sealing")
+FOLDERS = ("gates", "attacks", "sealing", "functions")
 FEWEST = 5  # in a folder: fewer are a sign that something was not collected
 LINES = 60  # of a failed run's output
 
