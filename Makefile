@@ -7,10 +7,15 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 # An editable install is out of date when one of these has changed: dependencies, entry points, the C extension.
 SOURCES := pyproject.toml $(wildcard setup.py src/enturbo/workers/*.c src/enturbo/workers/*.h)
 PYTEST := $(BIN)/python -m pytest
+# Two processes, since one leaves half of two cores idle. What the tests of a file share they share in one of them.
+PARALLEL := -n 2 --dist loadfile
+# The suite starts Pythons by the hundred: without compiled modules each would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -24,7 +29,7 @@ demo: $(VENV)/.demo  ## build, sign, start and call the example in all combinati
 	$(BIN)/enturbo demo
 
 test: $(VENV)/.test  ## the suite without what is slow (at most 4 minutes on two cores)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 # What `make test` ran is not run again from the tree: the slow tests (with most of the mutations) and beside them, as
 # both wait a lot, the quick ones against an installed wheel; then the model's larger instances. At most 10 minutes.
@@ -32,7 +37,7 @@ test: $(VENV)/.test  ## the suite without what is slow (at most 4 minutes on two
 test-all: $(VENV)/.test  ## the slow tests, the suite on an installed wheel, larger models
 	mkdir -p build
 	env --default-signal=INT,QUIT $(MAKE) test-wheel >build/test-wheel.log 2>&1 & wheel=$$!; \
-	$(PYTEST) -m "slow and not wheel"; slow=$$?; \
+	$(PYTEST) $(PARALLEL) -m "slow and not wheel"; slow=$$?; \
 	wait $$wheel; wheel=$$?; cat build/test-wheel.log; \
 	test $$slow -eq 0 -a $$wheel -eq 0
 	$(MAKE) model-large
@@ -89,7 +94,8 @@ $(BIN)/python:
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# One stamp an extra: demo < test < dev, bench, fuzz, so a larger one is also the smaller ones.
+# One stamp an extra: demo < test < dev, bench, fuzz, so a larger one is also the smaller ones. Tests run the workloads,
+# too.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.bench $(VENV)/.fuzz: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(@:$(VENV)/.%=%)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(@:$(VENV)/.%=%)$(if $(filter %.demo,$@),,$(comma)workloads)]'
 	touch $(VENV)/.demo $(if $(filter-out %.demo,$@),$(VENV)/.test) $(filter %.dev %.bench %.fuzz,$@)

@@ -3,6 +3,7 @@
 A table is a TOML file of ``[[mutation]]`` with ``name``, ``file`` (in the package), ``test`` (in here) and
 one or more ``[[mutation.edit]]`` with ``old``, which stands in the file exactly once, and ``new``.
 ``quick = true``: tried with every run of the suite, not with the slow tests alone.
+``tries = N``: a test that leaves something to chance may be run so often until it notices.
 
 Test modules cannot import one another: each loads this one from its path.
 """
@@ -10,14 +11,17 @@ Test modules cannot import one another: each loads this one from its path.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import psutil
@@ -45,6 +49,7 @@ class Rule(NamedTuple):
     test: str
     edits: tuple[Edit, ...]
     quick: bool = False
+    tries: int = 1
 
 
 def load(*tables: Path) -> list[Rule]:
@@ -57,6 +62,7 @@ def load(*tables: Path) -> list[Rule]:
             row["test"],
             tuple(Edit(edit["old"], edit["new"]) for edit in row["edit"]),
             row.get("quick", False),
+            row.get("tries", 1),
         )
         for table in tables
         for row in tomllib.loads(table.read_text(encoding="utf-8"))["mutation"]
@@ -91,26 +97,6 @@ def copy_package(folder: Path) -> Path:
     return target
 
 
-def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with the copy in front of everything that is installed."""
-    # Told that it is in CI, pytest writes out in full how page lists differ, which takes minutes.
-    unwanted = ("ENTURBO_", "PYTEST_", "CI", "BUILD_NUMBER")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-    try:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=package.parent,
-            # What waits in vain for the rule need not do so for long.
-            env=kept | {"PYTHONPATH": str(package.parent), "ENTURBO_TEST_WAIT": "4"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-    finally:
-        _end_strays(package.parent)
-
-
 def _end_strays(folder: Path) -> None:
     """Without a rule a test may end with a worker that is stopped, and cannot see that its host is gone."""
     for process in psutil.process_iter(["cmdline"]):
@@ -119,20 +105,87 @@ def _end_strays(folder: Path) -> None:
                 process.kill()
 
 
-def run_test(package: Path, test: str) -> subprocess.CompletedProcess[str]:
-    """One test, on the copy."""
-    # Not pytest's numbered folders: sessions that tidy those up at the same time trip over each other.
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=45", "--tb=line"]
-    options.append(f"--basetemp={package.parent / 'pytest'}")
-    return run(package, "-m", "pytest", *options, str(TESTS / test))
+class Warm:
+    """A process that runs pytest on copies of the package, for one thread at a time: see ``warm.py``."""
+
+    def __init__(self) -> None:
+        # Told that it is in CI, pytest writes out in full how page lists differ, which takes minutes.
+        unwanted = ("ENTURBO_", "PYTEST_", "PYTHONPATH", "CI", "BUILD_NUMBER")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+        # What waits in vain for the rule need not do so for long; what forks should have one thread.
+        settings = {"ENTURBO_TEST_WAIT": "4", "OPENBLAS_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, TESTS / "warm.py"],
+            env=kept | settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Warm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._process.communicate(timeout=SECONDS)
+        finally:
+            self._process.kill()
+
+    def run_test(self, package: Path, test: str | Path) -> tuple[int, str]:
+        """The exit code and output of one test on the copy, which is in front of everything installed."""
+        folder = package.parent
+        # Nobody reads more than which test failed, so asserts stay as they are. A folder of its own, not
+        # pytest's numbered ones: sessions that tidy those up at the same time trip over each other.
+        options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=45", "--tb=line", "--assert=plain"]
+        options.append(f"--basetemp={folder / 'pytest'}")
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps([str(folder), SECONDS, [*options, str(TESTS / test)]]), file=self._process.stdin)
+            self._process.stdin.flush()
+            code = int(self._process.stdout.readline())
+        finally:
+            _end_strays(folder)
+        return code, (folder / "output").read_text(encoding="utf-8", errors="replace")
 
 
-def must_be_noticed(rule: Rule, folder: Path) -> None:
+def must_be_noticed(rule: Rule, folder: Path, warm: Warm) -> None:
     """Switch the rule off in a copy of the package; its test has to fail."""
     package = copy_package(folder)
     source = switched_off(rule, package)
     (package / rule.file).write_text(source, encoding="utf-8")
-    done = run_test(package, rule.test)
+    for _ in range(rule.tries):
+        code, output = warm.run_test(package, rule.test)
+        if code:
+            break
     # 1: tests were run and some failed. An error elsewhere (2 to 5), or in a teardown alone, is no proof.
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"\b1 failed\b", done.stdout), done.stdout + done.stderr
+    assert code == 1, output
+    assert re.search(r"\b1 failed\b", output), output
+
+
+@contextlib.contextmanager
+def tried(
+    test: Callable[..., None], session: pytest.Session, folders: pytest.TempPathFactory
+) -> Iterator[dict[Rule, Future[None]]]:
+    """The rules that ``test`` is to try in this session, all at once: what each of them comes to."""
+    wanted: list[Any] = [
+        item.callspec.params["rule"]
+        for item in session.items
+        if isinstance(item, pytest.Function) and item.function is test
+    ]
+    count = max(1, min(len(wanted), len(os.sched_getaffinity(0))))
+    with contextlib.ExitStack() as stack:
+        free: SimpleQueue[Warm] = SimpleQueue()
+        for _ in range(count):
+            free.put(stack.enter_context(Warm()))
+        pool = ThreadPoolExecutor(count, "rules")
+        stack.callback(pool.shutdown, cancel_futures=True)
+
+        def attempt(rule: Rule, folder: Path) -> None:
+            warm = free.get()
+            try:
+                must_be_noticed(rule, folder, warm)
+            finally:
+                free.put(warm)
+
+        yield {rule: pool.submit(attempt, rule, folders.mktemp("rule")) for rule in wanted}

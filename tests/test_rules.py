@@ -6,10 +6,9 @@ The rules stand in ``rules/*.toml``, one table a format; :mod:`rules` reads them
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,19 +42,9 @@ CASES = [rule._replace(quick=TRIED[rule.table] is rule) for rule in RULES]
 def tried(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Any, Future[None]]]:
-    """All rules that this session is to try, tried at once: each is a process that mostly starts up."""
-    wanted = [
-        item.callspec.params["rule"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.function is test_a_rule_switched_off_is_noticed
-    ]
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "rules")
-    folders = [tmp_path_factory.mktemp("rule") for _ in wanted]
-    yield {
-        rule: pool.submit(rules.must_be_noticed, rule, folder)
-        for rule, folder in zip(wanted, folders, strict=True)
-    }
-    pool.shutdown(cancel_futures=True)
+    """All rules that this session is to try, tried at once."""
+    with rules.tried(test_a_rule_switched_off_is_noticed, request.session, tmp_path_factory) as futures:
+        yield futures
 
 
 @pytest.mark.parametrize("rule", rules.cases(CASES))

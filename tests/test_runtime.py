@@ -5,13 +5,16 @@ Everything here goes through :class:`Runtime` with real workers and real enclave
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import functools
 import json
 import os
 import random
 import re
 import signal
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ import numpy as np
 import pytest
 
 from enturbo import (
+    Enclave,
     EnclaveDestroyed,
     EnclaveImage,
     EnclaveState,
@@ -699,6 +703,14 @@ def test_nobody_waits_for_a_page_longer_than_the_gate_timeout(
 # --------------------------------------------------------------------------------------------------- trace
 
 
+def unread(enclave: Enclave) -> int:
+    """How many bytes of its answers the host has not read yet."""
+    session, count = enclave._session, array.array("i", [0])
+    if session is not None and session._channel is not None:
+        fcntl.ioctl(session._channel.sock, termios.FIONREAD, count)
+    return count[0]
+
+
 @pytest.mark.parametrize("startup", STARTUPS)
 def test_timeline_as_chrome_trace(
     cooperative: Runtime,
@@ -708,20 +720,19 @@ def test_timeline_as_chrome_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Spans of everything a start consists of, in an order that can be, in a file that viewers open."""
-    image = function(
-        "def handler(event, context):\n    with open(event, 'w') as file:\n        file.write('done')\n",
-        data=8 << 20,
-    )
-    done, merge = tmp_path / "done", Start.merge
+    answer, merge = 1 << 14, Start.merge
+    image = function("def handler(event, context):\n    return bytes(event)\n", data=8 << 20)
+    launched: list[Enclave] = []
 
     def late(start: Start) -> bytes:
         if startup == "enturbo":  # the verdict comes after the handler's end, so there is something to hold
-            until(done.exists)
+            until(lambda: launched and unread(launched[0]) >= answer)
         return merge(start)
 
     monkeypatch.setattr(Start, "merge", late)
     with cooperative.launch(image, expected=image.measure(), startup=startup) as enclave:
-        enclave.call(str(done), timeout=WAIT)
+        launched.append(enclave)
+        assert enclave.call(answer, timeout=WAIT) == bytes(answer)
         timeline: Timeline = enclave.timeline
         # Workers tell what they did afterwards, so the last spans may come after the verdict.
         until(
