@@ -130,7 +130,16 @@ def _in_memory(distribution: Distribution, with_bytecode: bool) -> BuiltBundle:
     contents = {file.name: file.read() for file in distribution.files}
     if with_bytecode:
         contents |= bytecode.compiled(contents, SITE_MOUNT)
-    libraries = natives(contents.items())
+    try:
+        libraries = natives(contents.items())
+    except ImageFormatError as error:
+        raise ImageFormatError(
+            f"{distribution}: {error.what}",
+            file=error.file,
+            offset=error.offset,
+            expected=error.expected,
+            found=f"{error.found}; such a file can be left out (--exclude)",
+        ) from None
     others = [name for name in contents if name not in libraries]
     table_pages = 1
     while True:  # the table's own size moves all that follows it, so try until it fits
@@ -143,7 +152,9 @@ def _in_memory(distribution: Distribution, with_bytecode: bool) -> BuiltBundle:
             encoded = tables.encode(table)
         except ImageFormatError as error:
             raise ImageFormatError(
-                f"{distribution}: {error.what}", expected=error.expected, found=error.found
+                f"{distribution}: {error.what}",
+                expected=f"{error.expected}; leave files out (--exclude)",
+                found=error.found,
             ) from None
         if pages_of(len(encoded)) <= table_pages:
             break

@@ -19,19 +19,30 @@ from collections.abc import Mapping
 from types import CodeType
 from typing import Final
 
+from ..shm.errors import EnturboError
+
 _UNCHECKED: Final = 1  # PEP 552: a hash of the source follows, and is not compared
 _HEADER: Final = struct.Struct("<4sI8s")
 _PLAIN_FORM: Final = 2  # marshal's last form without references
 
 
 def tag() -> str:
-    """What compiled modules depend on besides their source: the interpreter and its exact version."""
+    """What compiled modules depend on besides their source: the interpreter and its exact version.
+
+    Raises EnturboError for one that is told to leave positions out: nobody would get the same image again.
+    """
+    if all(column is None for _, _, column, _ in compile("a", "", "eval").co_positions()):
+        raise EnturboError(
+            "bytecode: expected an interpreter that keeps positions, found one with no_debug_ranges"
+            " (PYTHONNODEBUGRANGES)"
+        )
     return f"{sys.implementation.cache_tag}-{sys.hexversion:08x}"
 
 
 def cache_name(name: str) -> str:
-    """Where the compiled module of the source ``name`` stands."""
-    return importlib.util.cache_from_source(name, optimization="")
+    """Where the compiled module of the source ``name`` stands, whatever this process's own prefix is."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}__pycache__/{last.removesuffix('.py')}.{sys.implementation.cache_tag}.pyc"
 
 
 def compiled(contents: Mapping[str, bytes], folder: str) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ import binascii
 import csv
 import hashlib
 import importlib.metadata
+import json
 import logging
 import posixpath
 import stat
@@ -27,15 +28,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
+from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion
 
 from ..shm.errors import ImageFormatError
 
 log = logging.getLogger("enturbo.build")
 
 # Written by whoever installs, so they differ between machines.
-_INSTALLERS: Final = frozenset(("RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json"))
+_INSTALLERS: Final = frozenset(
+    ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "provenance_url.json", "uv_cache.json")
+)
 _HASHES: Final = frozenset(("sha256", "sha384", "sha512"))
 
 
@@ -93,7 +98,8 @@ def find(
     Raises ImageFormatError: not installed, another version, not installed from a wheel, changed files.
     """
     known = _Installed(site)
-    wanted = deque((_parse(text, "the function"), "the function") for text in requirements)
+    named = (_parse(text, "the function") for text in requirements)
+    wanted = deque((one, "the function") for one in named if _applies(one, "", "the function"))
     seen: set[tuple[str, str]] = set()
     found: dict[str, importlib.metadata.Distribution] = {}
     while wanted:
@@ -106,12 +112,19 @@ def find(
             seen.add((canonicalize_name(name), extra))
             for text in distribution.requires or ():
                 needed = _parse(text, name)
-                if needed.marker is None:
-                    if not extra:
-                        wanted.append((needed, name))
-                elif needed.marker.evaluate({"extra": extra}):
+                if (needed.marker is not None or not extra) and _applies(needed, extra, name):
                     wanted.append((needed, name))
     return [_read(found[name], exclude) for name in sorted(found)]
+
+
+def _applies(requirement: Requirement, extra: str, whose: str) -> bool:
+    """Whether its marker says that this interpreter needs it."""
+    try:
+        return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+    except (UndefinedComparison, UndefinedEnvironmentName, InvalidVersion) as error:
+        raise ImageFormatError(
+            f"requirement of {whose}", expected="a marker that can be told", found=f"{requirement}: {error}"
+        ) from None
 
 
 class _Installed:
@@ -152,21 +165,18 @@ def _parse(text: str, whose: str) -> Requirement:
 
 def _read(distribution: importlib.metadata.Distribution, exclude: Sequence[str]) -> Distribution:
     whose = f"{distribution.metadata['Name']} {distribution.version}"
+    _must_not_be_editable(distribution, whose)
+    scripts = {f"bin/{entry.name}" for entry in distribution.entry_points}
     files = []
     for path, hashed in _record(distribution, whose):
         last = path.rpartition("/")[2]
-        if _is_installers(path):
+        if _is_installers(path) or path in scripts:
             continue
         if any(fnmatchcase(path, pattern) or fnmatchcase(last, pattern) for pattern in exclude):
             continue
-        if path.endswith(".pth"):
-            if path.startswith("__editable__"):
-                raise ImageFormatError(
-                    whose,
-                    file=path,
-                    expected="a distribution whose files are in site-packages",
-                    found="one that was installed as editable; install it from a wheel",
-                )
+        if path.startswith("__editable__"):
+            raise _editable(whose)
+        if path.endswith(".pth") and "/" not in path:  # deeper ones are somebody's data
             log.warning("%s: %s is left out: nobody runs .pth files in an enclave", whose, path)
             continue
         files.append(_site_file(whose, path, Path(str(distribution.locate_file(path))), hashed))
@@ -174,20 +184,46 @@ def _read(distribution: importlib.metadata.Distribution, exclude: Sequence[str])
     return Distribution(str(distribution.metadata["Name"]), distribution.version, tuple(files))
 
 
+def _must_not_be_editable(distribution: importlib.metadata.Distribution, whose: str) -> None:
+    """Its files are elsewhere, and may change. Source: PEP 610."""
+    try:
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        editable = bool(origin.get("dir_info", {}).get("editable"))
+    except (ValueError, AttributeError):
+        editable = False  # damaged, and of no use to us
+    if editable:
+        raise _editable(whose)
+
+
+def _editable(whose: str) -> ImageFormatError:
+    return ImageFormatError(
+        whose,
+        expected="a distribution whose files are in site-packages",
+        found="one that was installed as editable; install it from a wheel",
+    )
+
+
 def _record(distribution: importlib.metadata.Distribution, whose: str) -> list[tuple[str, str]]:
     """Path and hash of each file, as RECORD lists them. Raises ImageFormatError.
 
     ``Distribution.files`` will not do: later Pythons leave out what is not there.
     """
-    text = distribution.read_text("RECORD")
+    try:
+        text = distribution.read_text("RECORD")
+    except UnicodeDecodeError as error:
+        raise ImageFormatError(f"{whose}: RECORD", expected="UTF-8", found=str(error)) from None
     if not text:
         raise ImageFormatError(
             whose,
             expected="a distribution that was installed from a wheel, with a RECORD of its files",
             found="none: it belongs to the system's package manager, or is an egg; install it with pip",
         )
+    try:
+        table = list(csv.reader(text.replace("\r\n", "\n").rstrip("\n").split("\n")))
+    except csv.Error as error:
+        raise ImageFormatError(f"{whose}: RECORD", expected="path,hash,size", found=str(error)) from None
     rows = []
-    for number, row in enumerate(csv.reader(text.splitlines()), 1):
+    for number, row in enumerate(table, 1):
         if len(row) < 2 or not row[0] or "\\" in row[0] or "\0" in row[0]:
             raise ImageFormatError(
                 f"{whose}: RECORD, line {number}", expected="path,hash,size", found=repr(row)[:200]

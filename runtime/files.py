@@ -84,7 +84,7 @@ def name_of(path: object) -> str | None:
         text = os.fsdecode(path)  # type: ignore[arg-type]
     except (TypeError, UnicodeError):
         return None  # whoever is asked next says what is wrong with it
-    if not text.startswith(MOUNT):
+    if not text.startswith(MOUNT) or "\0" in text:
         return None
     if "//" in text or "/." in text:
         text = posixpath.normpath(text)

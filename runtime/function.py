@@ -77,6 +77,7 @@ def build_image(
     kept = Store.default() if store is None else store
     bundles = [bundle_of(distribution, kept, with_bytecode=with_bytecode) for distribution in found]
     if with_bytecode:
+        bytecode.tag()
         contents |= bytecode.compiled(contents, MOUNT)
     libraries = natives(contents.items())
     _check_libraries(libraries, bundles)

@@ -5,6 +5,7 @@ Standard library and msgpack only; the enclave's side imports this module.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from typing import TYPE_CHECKING
@@ -42,8 +43,10 @@ class ImageFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._check()
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}.get(whence)
-        if start is None or start + offset < 0:
-            raise ValueError(f"cannot seek to {offset} from {whence}")
+        if start is None:
+            raise ValueError(f"invalid whence ({whence}, should be 0, 1 or 2)")
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._at = start + offset
         return self._at
 

@@ -32,13 +32,14 @@ from importlib.machinery import (
 )
 from importlib.util import decode_source, spec_from_file_location
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, Final
 
 from . import bytecode
 from .files import MOUNT, SITE, SITE_MOUNT, Files, name_of
 from .libraries import Libraries
 
 _Path = Sequence[str] | None
+_OURS: Final = ("msgpack",)  # not standard, and imported by the enclave's side
 
 
 class ImageLoader(SourceFileLoader):
@@ -101,7 +102,7 @@ class ImageFolder:
     def __init__(self, files: Files, libraries: Libraries, path: str) -> None:
         """Raises ImportError for a path that is not the image's."""
         name = name_of(path)
-        if name is None:
+        if name is None or not files.is_folder(name):
             raise ImportError(f"only what the enclave carries can be imported, not what is in {path!r}")
         self.path = path
         self._files, self._libraries = files, libraries
@@ -243,12 +244,15 @@ def install(files: Files, libraries: Libraries, base: BaseFinder) -> None:
 
 
 def forget_carried(files: Files) -> None:
-    """Drop what the base imported under names that the image carries: the next import finds the image's."""
+    """Drop what the base imported under names that the image carries: the next import finds the image's.
+
+    So are those that only this package's own code needs, which has them: no image can import them from here.
+    """
     for name in list(sys.modules):
         top = name.partition(".")[0]
         if top == "__main__" or top in sys.builtin_module_names or FrozenImporter.find_spec(top) is not None:
             continue
-        if carries(files, top):
+        if top in _OURS or carries(files, top):
             del sys.modules[name]
 
 

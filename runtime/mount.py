@@ -12,9 +12,11 @@ this module.
 
 from __future__ import annotations
 
+import _io
 import builtins
 import ctypes
 import errno
+import functools
 import io
 import os
 import stat
@@ -23,13 +25,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from ..shm.layout import PAGE_SIZE
-from .files import Files, name_of
+from .files import SITE, Files, name_of
 from .image_file import ImageFile
 from .libraries import Libraries, MemoryFiles
 
 _FILE: Final = stat.S_IFREG | 0o644  # as on any read-only file system: who writes gets EROFS
 _FOLDER: Final = stat.S_IFDIR | 0o755
 _DEVICE: Final = 0xE7
+_CERTIFICATES: Final = (".pem", ".crt", ".cer", ".key")
+_FILE_ARGUMENTS: Final = frozenset(("cafile", "certfile", "keyfile"))
 _TIMES: Final = dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), 0.0) | dict.fromkeys(
     ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), 0
 )
@@ -42,12 +46,13 @@ _KEPT_AS: Final = ("open", "_builtin_open", "bltn_open", "_open")
 class Entry:
     """What ``os.scandir`` yields: as :class:`os.DirEntry`, which nobody but the system can make."""
 
-    def __init__(self, mount: Mount, name: str, path: str) -> None:
+    def __init__(self, mount: Mount, name: Any, path: Any) -> None:
+        """Name and path are text, or bytes where the folder was given as bytes."""
         self._mount = mount
         self.name = name
         self.path = path
 
-    def __fspath__(self) -> str:
+    def __fspath__(self) -> Any:
         return self.path
 
     def __repr__(self) -> str:
@@ -107,7 +112,7 @@ class Mount:
     def __init__(self, files: Files, memory: MemoryFiles, libraries: Libraries) -> None:
         self._files, self._memory, self._libraries = files, memory, libraries
         self._numbers: dict[str, int] = {}
-        self._open = io.open
+        self._open, self._open_code = io.open, io.open_code
         self._system: dict[str, Callable[..., Any]] = {
             name: getattr(os, name)
             for name in ("open", "stat", "lstat", "access", "listdir", "scandir", "readlink", "listxattr")
@@ -122,6 +127,11 @@ class Mount:
                 if names.get(kept) is self._open and module is not sys.modules.get("_io"):
                     setattr(module, kept, self.open)
         builtins.open = io.open = self.open
+        # What importlib's own loaders, and runpy, read files with.
+        io.open_code = _io.open_code = self.open_code
+        sys.modules["_frozen_importlib_external"].__dict__["_path_stat"] = self.stat
+        if self._files.is_folder(SITE) or any(name.endswith(_CERTIFICATES) for name in self._files.extents):
+            self._serve_ssl()
         for name, system in self._system.items():
             setattr(os, name, ours[system])
             for supported in (
@@ -176,6 +186,37 @@ class Mount:
         text = io.TextIOWrapper(buffered, encoding, errors, newline)
         text.mode = mode  # type: ignore[misc]
         return text
+
+    def open_code(self, path: str) -> Any:
+        """As ``io.open_code``."""
+        return self._open_code(path) if name_of(path) is None else self.open(path, "rb")
+
+    def _serve_ssl(self) -> None:
+        """OpenSSL opens certificates by path: it gets that of a copy in memory."""
+        try:
+            import ssl
+        except ImportError:
+            return  # an interpreter without
+        for name, paths in (("load_verify_locations", 1), ("load_cert_chain", 2)):
+            setattr(ssl.SSLContext, name, self._with_paths(getattr(ssl.SSLContext, name), paths))
+
+    def _with_paths(self, function: Callable[..., Any], count: int) -> Callable[..., Any]:
+        """The same method, whose first ``count`` arguments, also by name, may be paths of the image."""
+
+        @functools.wraps(function)
+        def method(context: Any, *given: Any, **named: Any) -> Any:
+            args = [self._for_c(each) for each in given[:count]]
+            files = {key: self._for_c(named[key]) for key in named.keys() & _FILE_ARGUMENTS}
+            return function(context, *args, *given[count:], **(named | files))
+
+        return method
+
+    def _for_c(self, path: Any) -> Any:
+        name = None if path is None else name_of(path)
+        if name is None:
+            return path
+        self._must_be_file(name, path)
+        return self._memory.path(name)
 
     def os_open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         """As ``os.open``: a descriptor of a copy in memory."""
@@ -260,9 +301,8 @@ class Mount:
         name = name_of(path)
         if name is None:
             return self._system["scandir"](path)
-        base = os.fsdecode(path)
-        names = self._folder(name, path)
-        return _Entries(Entry(self, each, os.path.join(base, each)) for each in names)
+        names = self.listdir(path)
+        return _Entries(Entry(self, each, os.path.join(os.fspath(path), each)) for each in names)
 
     def _folder(self, name: str, path: Any) -> dict[str, None]:
         if not self._files.is_folder(name):

@@ -29,6 +29,8 @@ _DT_NEEDED: Final = 1
 _DT_STRTAB: Final = 5
 _DT_STRSZ: Final = 10
 _DT_SONAME: Final = 14
+SHORTEST: Final = len("/proc/self/fd/1000")
+_DT_STANDS_IN: Final = {0x7FFFFFFF: "DT_FILTER", 0x7FFFFFFD: "DT_AUXILIARY"}
 
 
 def is_native(content: bytes | memoryview) -> bool:
@@ -51,6 +53,14 @@ def read_library(content: bytes | memoryview, name: str) -> Library:
             raise elf.error("dynamic string", None, f"a text below {MAX_NAME} bytes at {at}", "none")
         return found.decode("utf-8", "backslashreplace")
 
+    for tag, value in entries:
+        if tag in _DT_STANDS_IN:
+            raise elf.error(
+                "dynamic table",
+                None,
+                "a library of its own",
+                f"{_DT_STANDS_IN[tag]}: it stands for {text(value)}",
+            )
     needed = tuple(text(value) for tag, value in entries if tag == _DT_NEEDED)
     return Library(text(table[_DT_SONAME]) if _DT_SONAME in table else "", needed)
 
@@ -80,10 +90,46 @@ def check_needed(libraries: Mapping[str, Library], whose: Mapping[str, str]) -> 
                 found = f"{files[needed]}, which calls itself {libraries[files[needed]].soname or 'nothing'}"
             else:
                 expected = "a library in the image, or one of the platform (libc, libm, libstdc++, …)"
-                found = "neither; only wheels that bring their libraries along work in an enclave"
+                found = "neither; take a wheel that brings it along, or leave the file out (--exclude)"
             raise ImageFormatError(
                 f"{whose.get(name, 'the function')} needs {needed}", file=name, expected=expected, found=found
             )
+    _check_circles(libraries, whose)
+
+
+def _check_circles(libraries: Mapping[str, Library], whose: Mapping[str, str]) -> None:
+    """Libraries that need each other are loaded under other names, which are written over their own ones.
+
+    See ``enturbo.runtime.libraries``; a name that is too short for that is refused.
+    """
+    providers = {library.soname: name for name, library in libraries.items() if library.soname}
+    for name, library in sorted(libraries.items()):
+        for needed in library.needed:
+            other = providers.get(needed)
+            if (
+                other in (None, name)
+                or len(needed) >= SHORTEST
+                or name not in _reached(needed, libraries, providers)
+            ):
+                continue
+            raise ImageFormatError(
+                f"{whose.get(name, 'the function')}: libraries that need each other",
+                file=name,
+                expected=f"names of at least {SHORTEST} characters, as auditwheel gives them",
+                found=needed,
+            )
+
+
+def _reached(soname: str, libraries: Mapping[str, Library], providers: Mapping[str, str]) -> set[str]:
+    """The files that a library needs, and those that they need."""
+    found: set[str] = set()
+    left = [providers[soname]]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += [providers[each] for each in libraries[name].needed if each in providers]
+    return found
 
 
 def natives(files: Iterable[tuple[str, bytes]]) -> dict[str, Library]:

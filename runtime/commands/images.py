@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -138,11 +139,17 @@ def build(
 
 
 def _requirements(file: Path) -> list[str]:
-    """The lines of a requirements file, without comments and empty ones."""
+    """The requirements in a file as pip has them: one a line, comments, lines that go on after a backslash.
+
+    Options of pip are no requirements: they are refused.
+    """
     with reading(file):
-        text = file.read_text("utf-8")
-    lines = (line.partition(" #")[0].strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+        text = file.read_text("utf-8-sig").replace("\\\n", " ")
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
+    for line in lines:
+        if line.startswith("-") or " --" in line:
+            raise InputError(f"{file}: {line!r}: names of distributions are expected, no options of pip")
+    return [line for line in lines if line]
 
 
 def keygen(

@@ -38,10 +38,20 @@ def test_the_same_bytes_from_every_process(function: Callable[..., Path], tmp_pa
     for seed, options in (("1", []), ("2", ["-O"]), ("3", ["-OO"])):
         command = [sys.executable, *options, "-c", COMPILE, str(folder), *(["alpha", "beta"] * int(seed))]
         environment = os.environ | {"PYTHONHASHSEED": seed, "ENTURBO_STORE": str(tmp_path / seed)}
+        if seed == "2":
+            environment["PYTHONPYCACHEPREFIX"] = str(tmp_path / "prefix")
         done = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=WAIT)
         digests.add(done.stdout)
     assert len(digests) == 1
     assert digests != {b""}
+
+
+def test_an_interpreter_without_positions_is_refused(function: Callable[..., Path]) -> None:
+    """What it compiles is another image, and would be kept for others."""
+    command = [sys.executable, "-X", "no_debug_ranges", "-c", COMPILE, str(function(SOURCE))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
+    assert done.returncode == 1
+    assert "no_debug_ranges" in done.stderr
 
 
 def test_compiled_modules_are_run(cooperative: Runtime, function: Callable[..., Path]) -> None:

@@ -100,6 +100,35 @@ def test_editable_installs_and_eggs_are_refused(make_distribution: Make, tmp_pat
         find(["egg"], site=[str(tmp_path)])
 
 
+def test_markers_editable_installs_and_scripts(make_distribution: Make, tmp_path: Path) -> None:
+    entry = "[console_scripts]\ntool = pkg:main\n"
+    files = {
+        "pkg.py": "",
+        "pkg-1.0.dist-info/entry_points.txt": entry,
+        "bin/tool": "#!/somewhere/python",
+        "data/weights.pth": "0101",
+    }
+    make_distribution(tmp_path, "pkg", files=files)
+    site = [str(tmp_path)]
+    (found,) = find(["pkg", "never; sys_platform == 'win32'"], site=site)
+    listed = {file.name for file in found.files}
+    assert "bin/tool" not in listed
+    assert {"data/weights.pth", "pkg.py", "pkg-1.0.dist-info/entry_points.txt"} <= listed
+    with pytest.raises(ImageFormatError, match="requirement of the function"):
+        find(["pkg; os_name ~= 'posix'"], site=site)
+    (tmp_path / "pkg-1.0.dist-info" / "direct_url.json").write_text('{"dir_info": {"editable": true}}')
+    with pytest.raises(ImageFormatError, match=r"pkg 1\.0.*installed as editable"):
+        find(["pkg"], site=site)
+
+
+@pytest.mark.parametrize("record", [b"\xff\xfe", b"one-column\n", b'"a' + b"x" * 200000, b"a\\b.py,,\n"])
+def test_a_damaged_record_is_named(make_distribution: Make, tmp_path: Path, record: bytes) -> None:
+    make_distribution(tmp_path, "pkg")
+    (tmp_path / "pkg-1.0.dist-info" / "RECORD").write_bytes(record)
+    with pytest.raises(ImageFormatError, match=r"pkg 1\.0: RECORD"):
+        find(["pkg"], site=[str(tmp_path)])
+
+
 def test_pth_files_are_left_out_and_told(
     make_distribution: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

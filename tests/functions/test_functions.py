@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 import xxhash
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from enturbo import EnclaveImage, HandlerError, MeasurementMismatch, Runtime, SigningKey
 from enturbo.runtime.distributions import find
@@ -168,3 +172,41 @@ def test_metadata_and_resources_of_distributions(cooperative: Runtime, function:
     (rich,) = [each for each in find(["rich"]) if each.name.lower() == "rich"]
     assert (version, typed, walked) == (rich.version, b"", True)
     assert names == sorted(each.name.lower() for each in find(["rich"]))
+
+
+def test_libraries_that_need_each_other(
+    runtime: Runtime, key: SigningKey, function: Callable[..., Path]
+) -> None:
+    """Pillow's FreeType and HarfBuzz do."""
+    folder = function(
+        "from PIL import ImageFont, features\n"
+        "def handler(event, context):\n"
+        "    return [features.check(name) for name in ('freetype2', 'webp')]\n"
+    )
+    image = EnclaveImage.from_function(folder, heap=0, requirements=["Pillow"])
+    with runtime.launch(image, key.sign(image)) as enclave:
+        assert enclave.submit(None).result(WAIT) == [True, True]
+
+
+def test_certificates_of_the_image(runtime: Runtime, key: SigningKey, function: Callable[..., Path]) -> None:
+    """OpenSSL opens them by path."""
+    folder = function(
+        "import ssl\n"
+        "def handler(event, context):\n"
+        "    named, given = (ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) for _ in range(2))\n"
+        "    named.load_verify_locations(cafile='/enclave/ca.pem')\n"
+        "    given.load_verify_locations('/enclave/ca.pem')\n"
+        "    try:\n"
+        "        ssl.create_default_context(cafile='/enclave/none.pem')\n"
+        "    except FileNotFoundError as error:\n"
+        "        return [len(named.get_ca_certs()), len(given.get_ca_certs()), error.filename]\n"
+    )
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "authority")])
+    begin = datetime.datetime(2024, 1, 1)
+    builder = x509.CertificateBuilder(name, name, private.public_key(), 1, begin, begin.replace(year=2124))
+    builder = builder.add_extension(x509.BasicConstraints(True, None), critical=True)
+    authority = builder.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    image = EnclaveImage.from_function(folder, heap=0, files={"ca.pem": authority})
+    with runtime.launch(image, key.sign(image)) as enclave:
+        assert enclave.submit(None).result(WAIT) == [1, 1, "/enclave/none.pem"]

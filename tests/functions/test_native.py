@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import sysconfig
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +177,111 @@ def test_a_library_of_the_interpreters_is_never_taken_for_the_images() -> None:
     message = r"ext\.so needs the image's libm\.so\.6.*another library"
     with pytest.raises(ImportError, match=message), libraries.opened("ext.so"):
         pytest.fail("it was opened")
+
+
+def stand_ins() -> tuple[Libraries, list[str], list[str]]:
+    """A module that needs two libraries in turn; what the loader is given, and what it is to refuse."""
+    program = Program(
+        "handler:handler",
+        dict.fromkeys(("handler.py", "ext.so", "libone-0123456789.so", "libtwo-0123456789.so"), (0, 0)),
+        {
+            "ext.so": Library("", ("libone-0123456789.so",)),
+            "libone-0123456789.so": Library("libone-0123456789.so", ("libtwo-0123456789.so",)),
+            "libtwo-0123456789.so": Library("libtwo-0123456789.so", ("libc.so.6",)),
+        },
+    )
+    files = Files(program, lambda offset, size: memoryview(b""))
+    libraries = Libraries(files, MemoryFiles(files))
+    loaded: list[str] = []
+    refused: list[str] = []
+
+    def load(path: str, mode: int) -> int:
+        if "/" not in path:
+            raise OSError("not loaded")  # RTLD_NOLOAD: the interpreter has none of that name
+        name = os.readlink(path).partition(":")[2].partition(" ")[0]
+        if name in refused:
+            raise OSError(f"cannot load {name}")
+        loaded.append(name)
+        return 1
+
+    libraries._dlopen = load
+    return libraries, loaded, refused
+
+
+def test_after_a_load_that_failed_the_next_one_starts_anew() -> None:
+    """Else the loader would look for what is missing on the host."""
+    libraries, loaded, refused = stand_ins()
+    refused.append("libtwo-0123456789.so")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="cannot load libtwo"), libraries.opened("ext.so"):
+            pytest.fail("it was opened")
+    assert loaded == []
+    refused.clear()
+    with libraries.opened("ext.so"):
+        pass
+    assert loaded == ["libtwo-0123456789.so", "libone-0123456789.so"]
+
+
+def test_one_library_has_one_path() -> None:
+    """By which the loader knows that it has it; what failed meanwhile does not count."""
+    libraries, loaded, _ = stand_ins()
+    with contextlib.suppress(RuntimeError), libraries.opened("libone-0123456789.so"):
+        raise RuntimeError
+    paths = []
+    for _ in range(2):
+        with libraries.opened("libone-0123456789.so") as path:
+            paths.append(path)
+    assert paths[0] == paths[1]
+    with libraries.opened("ext.so"):
+        pass
+    assert loaded == ["libtwo-0123456789.so"]  # the other one was given to whoever opened it
+
+
+def test_a_modules_own_code_runs_without_the_lock() -> None:
+    """It imports others, perhaps one that another thread is importing, which needs the lock."""
+    libraries, _, _ = stand_ins()
+    done = threading.Event()
+
+    def other() -> None:
+        with libraries.opened("libtwo-0123456789.so"):
+            done.set()
+
+    with libraries.opened("ext.so"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert done.wait(20)
+    thread.join(20)
+
+
+def test_libraries_that_stand_for_others_are_refused() -> None:
+    """DT_FILTER and DT_AUXILIARY: the loader would look for the other one on the host."""
+    content = extension_of("xxhash")
+    needed = read_library(content, "ext.so").needed
+    assert needed
+    at = next(
+        at
+        for at in range(0, len(content) - 16, 8)
+        if content[at : at + 8] == (1).to_bytes(8, "little")  # DT_NEEDED
+        and content[at + 16 : at + 24] in ((1).to_bytes(8, "little"), (12).to_bytes(8, "little"))
+    )
+    for tag, name in ((0x7FFFFFFF, "DT_FILTER"), (0x7FFFFFFD, "DT_AUXILIARY")):
+        changed = content[:at] + tag.to_bytes(8, "little") + content[at + 8 :]
+        with pytest.raises(ImageFormatError, match=name):
+            read_library(changed, "ext.so")
+
+
+def test_circles_need_long_names() -> None:
+    """In their copies the names are written over with paths."""
+    long, short = "libone-0123456789.so.1", "libone.so"
+    for name, right in ((long, True), (short, False)):
+        libraries = {
+            "one": Library(name, ("libtwo-0123456789.so.1",)),
+            "two": Library("libtwo-0123456789.so.1", (name,)),
+        }
+        if right:
+            check_needed(libraries, {})
+            continue
+        with pytest.raises(
+            ImageFormatError, match=r"two: the function: libraries that need each other.*libone\.so"
+        ):
+            check_needed(libraries, {})
