@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import stat
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def enclave(bench: Any) -> Any:
 
 
 def test_the_mount_answers_as_the_disk_does(enclave: Any, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # as in an enclave: what is imported stays as it is
     scope: dict[str, Any] = {}
     exec(EVAL, scope)
     (folder / "handler.py").write_text(EVAL)  # an image has it, too
