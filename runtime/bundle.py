@@ -44,10 +44,8 @@ def encode(bundle: Bundle) -> bytes:
         {
             "name": bundle.name,
             "version": bundle.version,
-            "files": {name: list(extent) for name, extent in bundle.files.items()},
-            "libraries": {
-                name: [soname, list(needed)] for name, (soname, needed) in bundle.libraries.items()
-            },
+            "files": FORM.packed_files(bundle.files),
+            "libraries": FORM.packed_libraries(bundle.libraries),
         }
     )
     decode(encoded)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -143,9 +143,9 @@ def _in_memory(distribution: Distribution, with_bytecode: bool) -> BuiltBundle:
     others = [name for name in contents if name not in libraries]
     table_pages = 1
     while True:  # the table's own size moves all that follows it, so try until it fits
-        extents, data_end = _place(contents, others, table_pages)
+        extents, data_end = _place(contents, others, table_pages * PAGE_SIZE, _ALIGN)
         code_start = pages_of(data_end) * PAGE_SIZE + PAGE_SIZE
-        code, code_end = _place_code(contents, sorted(libraries), code_start)
+        code, code_end = _place(contents, sorted(libraries), code_start, PAGE_SIZE)
         files: dict[str, Extent] = dict(sorted((extents | code).items()))
         table = Bundle(distribution.name, distribution.version, files, dict(sorted(libraries.items())))
         try:
@@ -169,21 +169,13 @@ def _in_memory(distribution: Distribution, with_bytecode: bool) -> BuiltBundle:
     return BuiltBundle(table, data_pages, memoryview(pages).toreadonly())
 
 
-def _place(contents: dict[str, bytes], names: list[str], table_pages: int) -> tuple[dict[str, Extent], int]:
-    """Where each file stands, packed behind the table, and where they end."""
-    end, extents = table_pages * PAGE_SIZE, {}
-    for name in names:
-        end += -end % _ALIGN
-        extents[name] = (end, len(contents[name]))
-        end += len(contents[name])
-    return extents, end
-
-
-def _place_code(contents: dict[str, bytes], names: list[str], start: int) -> tuple[dict[str, Extent], int]:
-    """The same for native code: a page-aligned start each."""
+def _place(
+    contents: Mapping[str, bytes], names: Iterable[str], start: int, align: int
+) -> tuple[dict[str, Extent], int]:
+    """Where each file stands, from ``start`` on, each at a multiple of ``align``, and where they end."""
     end, extents = start, {}
     for name in names:
-        end += -end % PAGE_SIZE
+        end += -end % align
         extents[name] = (end, len(contents[name]))
         end += len(contents[name])
     return extents, end

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from . import bundle as bundles
 from .manifests import HEADER, Extent, Library
@@ -73,7 +73,7 @@ class Files:
         return bytes(self.read_at(*extent))
 
 
-def name_of(path: object) -> str | None:
+def name_of(path: Any) -> str | None:
     """The name of what ``path`` names beneath the mount (``""``: the mount itself), or None: another place.
 
     Takes what ``open`` takes. ``..`` and ``//`` are resolved as text: there are no links in an image.
@@ -81,7 +81,7 @@ def name_of(path: object) -> str | None:
     if isinstance(path, int):
         return None
     try:
-        text = os.fsdecode(path)  # type: ignore[arg-type]
+        text = os.fsdecode(path)
     except (TypeError, UnicodeError):
         return None  # whoever is asked next says what is wrong with it
     if not text.startswith(MOUNT) or "\0" in text:

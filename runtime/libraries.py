@@ -16,7 +16,7 @@ import fcntl
 import os
 import posixpath
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from .files import Files, name_of
@@ -42,10 +42,8 @@ class MemoryFiles:
         offset, size = extent
         fd = os.memfd_create(_label(name), os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         try:
-            _fill(
-                fd,
-                *(self._files.read_at(offset + at, min(_PIECE, size - at)) for at in range(0, size, _PIECE)),
-            )
+            places = range(0, size, _PIECE)
+            _fill(fd, (self._files.read_at(offset + at, min(_PIECE, size - at)) for at in places))
             # Another description, for reading: what has this descriptor cannot even ask to write.
             return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
@@ -64,7 +62,8 @@ def _label(name: str) -> str:
     return os.fsencode(name)[-_MAX_NAME:].decode("utf-8", "replace")
 
 
-def _fill(fd: int, *pieces: memoryview) -> None:
+def _fill(fd: int, pieces: Iterable[memoryview]) -> None:
+    """Write the pieces, each when it may be read, and seal the file."""
     for piece in pieces:
         left = piece
         while left:
@@ -160,7 +159,7 @@ class Libraries:
                             raise ImportError(f"{member} and {provider} need each other", name=member)
                         written = os.fsencode(paths[provider]).ljust(len(os.fsencode(soname)), b"\0")
                         content = content.replace(b"\0%b\0" % os.fsencode(soname), b"\0%b\0" % written)
-                _fill(fd, memoryview(content))
+                _fill(fd, [memoryview(content)])
             self._dlopen(paths[circle[0]], os.RTLD_NOW)
         except BaseException:
             for fd in fds.values():

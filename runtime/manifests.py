@@ -55,6 +55,16 @@ class Form(NamedTuple):
         body: bytes = msgpack.packb({key: values[key] for key in self.keys})
         return HEADER.pack(self.magic, self.version, min(len(body), 0xFFFF_FFFF)) + body
 
+    @staticmethod
+    def packed_files(files: Mapping[str, Extent]) -> dict[str, list[int]]:
+        """Files as a manifest has them; :meth:`files` reads them."""
+        return {name: list(extent) for name, extent in files.items()}
+
+    @staticmethod
+    def packed_libraries(libraries: Mapping[str, Library]) -> dict[str, list[object]]:
+        """Libraries as a manifest has them; :meth:`libraries` reads them."""
+        return {name: [library.soname, list(library.needed)] for name, library in libraries.items()}
+
     def length(self, data: Buffer) -> int:
         """Bytes of the whole manifest, header included, told by its first 16. Raises ImageFormatError."""
         if len(data) < HEADER.size:

@@ -83,10 +83,8 @@ def encode(program: Program) -> bytes:
     encoded = FORM.encode(
         {
             "handler": program.handler,
-            "files": {name: list(extent) for name, extent in program.files.items()},
-            "libraries": {
-                name: [soname, list(needed)] for name, (soname, needed) in program.libraries.items()
-            },
+            "files": FORM.packed_files(program.files),
+            "libraries": FORM.packed_libraries(program.libraries),
             "bundles": [list(bundle) for bundle in program.bundles],
             "data": None if program.data is None else list(program.data),
             "heap": None if program.heap is None else list(program.heap),

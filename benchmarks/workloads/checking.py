@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from catalogue import Workload
 
 from enturbo import Runtime
 from enturbo.runtime.compare import COMBINATIONS, Candidate, Combination
+from enturbo.runtime.spec import GateMode, WrlockMode
 
 FOUR: tuple[Combination, ...] = COMBINATIONS[:4]
 CALL_SECONDS = 120.0
@@ -18,9 +19,9 @@ class Gating(NamedTuple):
     """What holds accesses back, as ``Runtime`` takes it."""
 
     name: str
-    enforcement: str
-    gate: str
-    wrlock: str
+    enforcement: Literal["kernel", "cooperative"]
+    gate: GateMode
+    wrlock: WrlockMode
 
 
 GATINGS = (

@@ -84,13 +84,13 @@ def _measure(workload: Workload, rounds: int, brief: bool) -> dict[str, Any]:
 
 
 def _runtime(image: EnclaveImage, key: SigningKey, gating: Gating) -> Runtime:
-    epc = 2 * epc_size(image, "shadow") + 8 * MIB  # type: ignore[arg-type]
+    epc = 2 * epc_size(image, "shadow") + 8 * MIB
     return Runtime(
         epc=epc,
         signers=[key.mrsigner],
-        enforcement=gating.enforcement,  # type: ignore[arg-type]
-        gate=gating.gate,  # type: ignore[arg-type]
-        wrlock=gating.wrlock,  # type: ignore[arg-type]
+        enforcement=gating.enforcement,
+        gate=gating.gate,
+        wrlock=gating.wrlock,
     )
 
 
@@ -123,7 +123,7 @@ def _table(found: Sequence[dict[str, Any]]) -> str:
 def _ratio(each: dict[str, Any], baseline: str, name: str) -> float:
     """Of the lives, the median of the rounds' own ratios."""
     pairs = zip(each["runs"][baseline], each["runs"][name], strict=True)
-    return statistics.median(theirs["result"] / ours["result"] for theirs, ours in pairs)
+    return float(statistics.median(theirs["result"] / ours["result"] for theirs, ours in pairs))
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,21 +146,21 @@ def test_one_name_means_one_thing(
     site = tmp_path / "site"
     make_distribution(site, "first", files={"shared/__init__.py": "", "shared/one.py": "1"})
     make_distribution(site, "second", files={"shared/__init__.py": "", "shared/two.py": "2"})
-    options = {"site": [site], "heap": 0}
-    EnclaveImage.from_function(function(), requirements=["first", "second"], **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"site": [site], "heap": 0}
+    EnclaveImage.from_function(function(), requirements=["first", "second"], **options)
     make_distribution(site, "third", files={"shared/one.py": "another 1"})
     make_distribution(site, "first", files={"shared/__init__.py": "", "shared/one.py": "1"})
     with pytest.raises(ImageFormatError, match=r"shared/one\.py.*first 1\.0 and third 1\.0"):
-        EnclaveImage.from_function(function(), requirements=["first", "third"], **options)  # type: ignore[arg-type]
+        EnclaveImage.from_function(function(), requirements=["first", "third"], **options)
     make_distribution(site, "json", files={"json/__init__.py": ""})
     with pytest.raises(ImageFormatError, match=r"json 1\.0 replaces a module of the standard library"):
-        EnclaveImage.from_function(function(), requirements=["json"], **options)  # type: ignore[arg-type]
+        EnclaveImage.from_function(function(), requirements=["json"], **options)
     folder = function()
     (folder / "site-packages").mkdir()
     (folder / "site-packages" / "x.py").write_text("")
-    EnclaveImage.from_function(folder, **options)  # type: ignore[arg-type]
+    EnclaveImage.from_function(folder, **options)
     with pytest.raises(ImageFormatError, match=r"a folder site-packages"):
-        EnclaveImage.from_function(folder, requirements=["first"], **options)  # type: ignore[arg-type]
+        EnclaveImage.from_function(folder, requirements=["first"], **options)
 
 
 def test_equal_inputs_give_equal_images(

@@ -12,7 +12,8 @@ import pytest
 SECONDS = 540
 TESTS = Path(__file__).resolve().parents[1]
 # Run against an installed wheel by tests/unprivileged, as another user; mutations are of a copy in any case.
-ELSEWHERE = ("gates", "sealing", "attacks", "unprivileged", "mutations")
+# The workloads are no part of a wheel.
+ELSEWHERE = ("gates", "sealing", "attacks", "unprivileged", "mutations", "workloads")
 
 
 @pytest.mark.wheel

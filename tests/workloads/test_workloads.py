@@ -18,8 +18,6 @@ WAIT = 400.0
 # Of each workload: the four combinations on the default gate, and one start behind each of the four others.
 STARTS = 8
 
-pytestmark = pytest.mark.skipif(not WORKLOADS.is_dir(), reason="no source tree beside these tests")
-
 
 def report(*arguments: str, folder: Path) -> list[dict[str, Any]]:
     """What the report found, once all its answers were right."""
